@@ -117,7 +117,7 @@ def published() -> None:
               f"{8 * tokens / balanced:,.0f} tokens/s a node (published {rate})")
 
 
-LAWS = ("served", "typical", "uniform", "balanced", "recorded:deepseek-r1")
+LAWS = ("served", "typical", "alike", "uniform", "balanced", "recorded:deepseek-r1")
 
 
 def served(path: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ September 2025. Runs are read as its scripts make them:
   more: from the cache, but for those of 32,784 tokens, of which no cache there holds 500. The client tries the server
   with one request first (vllm 0.10.2, benchmarks/serve.py), so that each run sends 501: of two servers that read
   prompts the second run's go to the other one, and are read once more;
+- its prompts are numbers that follow one another in the vocabulary (vllm, benchmarks/datasets.py, random): alike;
 - replies end by themselves, some before the most that was asked for, and their sum alone is recorded. Over limits of
   128, 2,048 and 32,784 tokens it grows in proportion (to prompts of 2,048 tokens means of 64, 745 and 11,700): a third
   of the replies never ends, the others do within some thirty tokens. So many reach the limit here as make up a run's
@@ -90,7 +91,7 @@ def main() -> None:
         layout = f"{row['prefill']} x tp{tp} > {row['decode']} x tp{tp}"
         if layout not in priced:
             priced[layout] = priced_servers(
-                model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing=model.traffic)
+                model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing="alike")
             )
         said = priced[layout].run(sent(row), router="round_robin").summary()
         measured = float(row["mean_tpot_ms"]), float(row["output_throughput"]), float(row["mean_ttft_ms"])

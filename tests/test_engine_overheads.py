@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tensorcast.calibrate.engines import overheads as engines
 from tensorcast.calibrate.engines import statistics as engine_fit
-from tensorcast.calibrate.engines.left_out import LEFT_OUT, leave_out, page, serving_errors
+from tensorcast.calibrate.engines.left_out import ALL, LEFT_OUT, leave_out, page
 from tensorcast.calibrate.generated_blocks import MARKER, read_engine, write_fit
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
@@ -190,37 +190,21 @@ def test_decode_steps_of_pools_are_told_by_pools_alone(measured: pd.DataFrame) -
 
 def test_a_model_left_out_is_served_by_what_the_others_tell(measured: pd.DataFrame) -> None:
     """Both models have the same constants here, so that each is told by the other; a wrong one misleads the other."""
-    found = leave_out(told(measured), "network", engines.served_times)
+    found = leave_out(told(measured), ("network",), engines.served_times)
+    assert set(found["new"]) == {1}
     assert set(found["what"]) == {"llama-3.1-8b", "qwen3-30b-a3b"} and len(found) == len(measured)
     assert (found["tpot_s"] - 1).abs().median() < 0.03
     wrong = measured.assign(measured_tpot_s=measured["measured_tpot_s"] * 1.5)
     misled = wrong.where(wrong["model"] == "qwen3-30b-a3b", measured)
-    by_model = leave_out(told(misled), "network", engines.served_times).groupby("what")["tpot_s"].median()
+    by_model = leave_out(told(misled), ("network",), engines.served_times).groupby("what")["tpot_s"].median()
     assert abs(by_model["llama-3.1-8b"] - 1) > 0.1
-    left = {column: leave_out(told(measured), column, engines.served_times) for column in LEFT_OUT}
+    left = {column: leave_out(told(measured), (column,), engines.served_times) for column in ("network", "device")}
+    assert leave_out(told(measured), tuple(LEFT_OUT), engines.served_times).empty  # one release: nothing is left
+    within = leave_out(told(measured), (), engines.served_times)
+    assert set(within["new"]) == {0} and len(within) == len(measured)
+    left["release"] = left[ALL] = found
     text = page(left, {"vllm": load_engine("vllm")}, "runs")
     assert "## Devices left out" in text and "| h200-sxm | vllm | 18 |" in text
-
-
-def test_what_serving_errs_by_is_found_beside_what_steps_do() -> None:
-    """Drawn: errors of steps, which differ by run and are known, and serving's own; of an engine with few runs nothing
-    is said. Four in five runs lie in the intervals then, on the page, too."""
-    dice, n = np.random.default_rng(3), 40_000
-    steps = dice.uniform(0.02, 0.1, n)
-    off = np.abs(dice.normal(0, np.hypot(steps, 0.08) / 0.67449)) * dice.choice([-1, 1], n)
-    ratio = np.exp(np.sign(off) * np.log1p(np.abs(off)))
-    runs = pd.DataFrame({"what": "a model", "network": 1, "engine": "vllm", "tpot_s": ratio, "ttft_s": ratio,
-                         "tpot_s_error": steps, "ttft_s_error": 0.0})  # fmt: skip
-    few = runs.head(50).assign(engine="sglang")
-    found = serving_errors(pd.concat([runs, few]))
-    assert set(found) == {"vllm"} and found["vllm"]["tpot_s"] == pytest.approx(0.08, rel=0.03)
-    assert found["vllm"]["ttft_s"] == pytest.approx(np.quantile(np.abs(off), 0.8) / 1.9, rel=0.01)
-    right = runs.assign(network=2, tpot_s=1.0)  # a network that is always right counts no more for its many runs
-    once, thrice = (serving_errors(pd.concat([runs, *[right] * times]))["vllm"]["tpot_s"] for times in (1, 3))
-    assert once == thrice < found["vllm"]["tpot_s"]
-    told_so = fitted(fit=FIT.model_copy(update={"serving_error": found["vllm"]}))
-    line = page(dict.fromkeys(LEFT_OUT, runs), {"vllm": told_so}, "runs").splitlines()[-1]
-    assert [float(line.split("|")[place].strip(" %")) for place in (6, 9)] == pytest.approx([80, 80], abs=0.2)
 
 
 @pytest.mark.parametrize("form", ["agg", "disagg"])

@@ -64,7 +64,7 @@ def test_public_runs_on_amd_lie_in_their_intervals() -> None:
 PLAIN = load_engine("vllm").model_copy(update={"fitted": None})
 WIDER = {"ttft_s": 0.5, "tpot_s": 0.2}
 TOLD = PLAIN.model_copy(update={"fitted": EngineFit(
-    source="by hand", rows=1, models=1, layer_s=0.0, layer_error_s=0.0, serving_error=WIDER
+    source="by hand", rows=1, models=1, layer_s=0.0, layer_error_s=0.0, serving_error={**WIDER}
 )})  # fmt: skip
 
 

@@ -65,7 +65,9 @@ def test_what_nobody_says_of_traffic_is_the_networks_own_law() -> None:
     qwen, deepseek = load_model("qwen3.5-397b-a17b"), load_model("deepseek-v3")
     assert of_traffic(Options(routing=SERVED_ROUTING), qwen).routing == qwen.traffic == "uniform"
     assert of_traffic(Options(routing=SERVED_ROUTING), deepseek).routing == "typical"
-    assert of_traffic(Options(routing="zipf:1"), qwen).routing == "zipf:1"
+    assert of_traffic(Options(routing="zipf:1"), qwen, alike=True).routing == "zipf:1"
+    assert of_traffic(Options(routing=SERVED_ROUTING), qwen, alike=True).routing == "uniform"
+    assert of_traffic(Options(routing=SERVED_ROUTING), deepseek, alike=True).routing == "alike"
     asked: dict[str, Any] = {"device": "b200", "engine": "sglang", "world_size": 8}
     asked |= {"layout": "tp8-ep8", "versus": "tp8", "batch": 16}
     laws: tuple[dict[str, Any], ...] = ({}, {"routing": "uniform"}, {"routing": "typical"})

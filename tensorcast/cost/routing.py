@@ -4,8 +4,9 @@
 popularity falls as ``rank**-S``, experts placed at random. ``recorded:``: popularity of every layer as counted
 (:mod:`tensorcast.cost.recordings`), experts placed in order. Hit experts of independent picks:
 ``sum_e 1 - (1 - q_e)^T``. ``typical``: popularity as recordings of DeepSeek-R1 spread it in the median layer (of 32
-tokens 140 experts hit, the busiest of 32 ranks at 2.3 times the mean), and tokens of a step that resemble one another:
-T hit as many as ``T**0.85`` independent ones do (:data:`LIKENESS`), as under ``recorded:``.
+tokens 140 experts hit, the busiest of 32 ranks at 2.3 times the mean), and tokens of a step, which are of requests that
+have nothing to do with each other, pick on their own. ``alike``: the same of requests that resemble one another, as
+benchmarks make them of random tokens: T hit as many experts as ``T**0.85`` independent ones do (:data:`LIKENESS`).
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ of decode, and the busiest of 32 ranks 2.3 and 2.7; by this law 1.8 and 2.4, as 
 experts strewn over ranks as they come, the busiest of 8 would get 1.2 times the mean."""
 
 LIKENESS = 0.85
-"""The power of the number of tokens that independent ones would need to hit as many experts. Chosen for ``typical`` on
-served runs of five MoE models, for models that nothing was fitted to: times per token are 11.7 % off in the mean of
-networks' medians where tokens pick at random, 10.3 % by that popularity alone and 9.2 % with this (1.0 and 0.8 of other
-exponents do no better). Recordings tell no batch from another, so the same holds of ``recorded:``, where nothing was
-chosen: DeepSeek-R1's times per token were 10.7 % off in the median with it, 14.6 % without, when that was tried
-(``benchmarks/expert_load.py --served TABLE`` tells how far off they are now). Rows of the busiest rank as uneven as
-those of so many fewer tokens would change no median there."""
+"""Of ``alike``: the power of the number of tokens that independent ones would need to hit as many experts. InferenceX's
+client sends prompts of numbers that follow one another in the vocabulary (utils/bench_serving), and replies to these
+are as alike; SGLang's own (bench_serving, ``random``) cuts and repeats conversations of ShareGPT, which are not. Chosen
+on InferenceX's runs of five MoE models, for models that nothing was fitted to: times per token are 11.7 % off in the
+mean of networks' medians where tokens pick at random, 10.3 % by that popularity alone and 9.2 % with this (1.0 and 0.8
+of other exponents do no better). Rows of the busiest rank as uneven as those of so many fewer tokens would change no
+median there."""
 
 class _Said(dict[str, str]):
     def __missing__(self, law: str) -> str:
@@ -60,6 +61,7 @@ SAID = _Said({
     "balanced": "tokens fall evenly on experts (routing balanced)",
     "uniform": "tokens pick experts at random, none more popular (routing uniform)",
     "typical": "tokens fall on experts as unevenly as recorded traffic does (routing typical)",
+    "alike": "tokens fall on experts as recorded traffic does, those of a step alike (routing alike)",
 })
 """What outputs say of a law: of each."""
 
@@ -83,10 +85,11 @@ class Routing:
 
     @classmethod
     def parse(cls, text: str, phase: str = "decode") -> Routing:
-        """``typical``, ``balanced``, ``uniform``, ``zipf:S``, ``recorded:FILE`` or ``recorded:NAME`` (of ``phase``); a
-        file alone is a recording, too."""
-        if text == "typical":
-            return cls(text, TYPICAL_EXPONENT, GROUP_EXPONENT, likeness=LIKENESS)
+        """``typical``, ``alike``, ``balanced``, ``uniform``, ``zipf:S``, ``recorded:FILE`` or ``recorded:NAME`` (of
+        ``phase``); a file alone is a recording, too."""
+        if text in ("typical", "alike"):
+            likeness = LIKENESS if text == "alike" else 1.0
+            return cls(text, TYPICAL_EXPONENT, GROUP_EXPONENT, likeness=likeness)
         if text in ("balanced", "uniform"):
             return cls(text)
         if text.startswith("zipf:"):
@@ -101,9 +104,10 @@ class Routing:
         from tensorcast.cost.recordings.named import PREFIX, recording
 
         if text.startswith(PREFIX) or Path(text).exists() or text.lower().endswith(FILES) or os.sep in text:
-            return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase), likeness=LIKENESS)
+            return cls(text, counts=recording(text.removeprefix(PREFIX)).of(phase))
         raise InputError(
-            f"--routing {text!r}: use typical, balanced, uniform, zipf:S, or {PREFIX}FILE, {READABLE}, or {PREFIX}NAME"
+            f"--routing {text!r}: use typical, alike, balanced, uniform, zipf:S, or {PREFIX}FILE, {READABLE}, or "
+            f"{PREFIX}NAME"
         )
 
 

@@ -116,8 +116,9 @@ class Options:
     )
     routing: str = _about(
         "balanced", "How tokens fall on experts: served (what fits the network's served runs: typical, of a few "
-        "another), typical, balanced, uniform, zipf:S, or as counted: recorded:FILE or recorded:NAME.", metavar="LAW",
-        of_experts=True, always=("balanced", "uniform", "typical", SERVED_ROUTING),
+        "another), typical, alike (typical, of benchmarks' random tokens), balanced, uniform, zipf:S, or as counted: "
+        "recorded:FILE or recorded:NAME.", metavar="LAW",
+        of_experts=True, always=("balanced", "uniform", "typical", "alike", SERVED_ROUTING),
     )
     fusion: str = _about("engine", "Fuse kernels as the engine does, or not at all.", metavar="engine|none")
     all2all: str = _about(
@@ -242,9 +243,12 @@ def of_layout(options: Options, layout: Layout) -> Options:
     return options if stages == layout.pp else replace(options, pp_partition=None)
 
 
-def of_traffic(options: Options, model: ModelProfile) -> Options:
-    """``options`` with the law of ``model`` where they ask for its traffic's."""
-    return replace(options, routing=model.traffic) if options.routing == SERVED_ROUTING else options
+def of_traffic(options: Options, model: ModelProfile, *, alike: bool = False) -> Options:
+    """``options`` with the law of ``model`` where they ask for its traffic's; ``alike``: of a benchmark whose requests
+    resemble one another."""
+    if options.routing != SERVED_ROUTING:
+        return options
+    return replace(options, routing="alike" if alike and model.traffic == "typical" else model.traffic)
 
 
 def options_of(given: Mapping[str, Any]) -> Options:

@@ -22,8 +22,8 @@ from tensorcast.predict.bench_results import with_results
 from tensorcast.predict.cells import MOST_NAMED, is_empty, layout_cells, plain_number
 from tensorcast.predict.csv_table import read_table
 from tensorcast.predict.run_columns import COLUMNS, MEASURED, Run, canonical_columns, read_run
-from tensorcast.predict.serve_runs import load_engine_once, serve
-from tensorcast.serving.interval import served_interval
+from tensorcast.predict.serve_runs import load_engine_once, load_profiles, serve
+from tensorcast.serving.interval import served_interval, unserved
 from tensorcast.serving.traffic import ServingMetrics
 
 if TYPE_CHECKING:
@@ -257,7 +257,8 @@ def _record(served: ServingMetrics, run: Run) -> dict[str, Any]:
     }
     pools = run.mode == "disaggregated"
     share, engine = served.ttft_s / served.request_s, load_engine_once(run.served_by)
-    factors = served_interval(served.ttft_error, served.tpot_error, share, engine=engine, pools=pools)
+    new = unserved(engine, *(profile.name for profile in load_profiles(run)))
+    factors = served_interval(served.ttft_error, served.tpot_error, share, engine=engine, pools=pools, new=new)
     record: dict[str, Any] = {"mean_batch": served.batch, "problem": ""}
     record |= {"decode_step_s": served.decode_step_s, "step_error": served.tpot_error}
     record |= _with_intervals(values, factors)

@@ -13,7 +13,7 @@ from tensorcast.predict.serve_runs import engine_of, load_engine_once, load_prof
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.scheduling.pools import Servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
-from tensorcast.serving.interval import served_interval
+from tensorcast.serving.interval import served_interval, unserved
 from tensorcast.serving.traffic import steps_between_looks
 
 
@@ -69,7 +69,9 @@ def _replayed(
     times = [pool.times.errors for pool in servers.pools]
     decode, prompts = (max(errors[phase] for errors in times) for phase in (0, 1))
     share, pools = said["ttft_mean_s"] / said["request_mean_s"], run.mode == "disaggregated"
-    factors = served_interval(prompts, decode, share, engine=engine(run.served_by), pools=pools)
+    profile = engine(run.served_by)
+    new = unserved(profile, *(one.name for one in load_profiles(run)))
+    factors = served_interval(prompts, decode, share, engine=profile, pools=pools, new=new)
     return Replayed(
         ttft_s=said["ttft_mean_s"], tpot_s=said["tpot_mean_s"], output_tokens_per_s=said["output_tokens_per_s"],
         batch=_batch(said, run), error=decode, factors={name: float(value) for name, value in factors.items()},

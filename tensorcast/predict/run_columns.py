@@ -74,7 +74,8 @@ COLUMNS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "dispatch": ("dtype tokens are sent in; default the experts'", None, ()),
     "combine": ("dtype results come back in, or logfmt10 (low_latency); default bf16", None, ()),
     "routing": (
-        "how tokens fall on experts: served (as fits the network), typical, balanced, uniform, zipf:S, recorded:FILE",
+        "how tokens fall on experts: served (as fits the network), typical, alike (of random tokens: served in tables "
+        "of public records), balanced, uniform, zipf:S, recorded:FILE",
         SERVED_ROUTING, (),
     ),
     "placement": ("which rank holds which experts: linear, round_robin, eplb", "linear", ()),
@@ -230,7 +231,8 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
     filled = {name: value for name, value in row.items() if not is_empty(value)}
     cells = Cells(filled, DEFAULTS, WORKER_COLUMNS)
     model, device = cells.text("model"), cells.text("device")
-    record = "moe_ep_size" in stated and ("dp" in cells.cells or "prefill_dp" in cells.cells)
+    public = "moe_ep_size" in stated  # tables of public benchmarks, whose prompts are random tokens
+    record = public and ("dp" in cells.cells or "prefill_dp" in cells.cells)
     engine, release, rules = rules_of(cells.text("engine"), cells.text("release"), record)
     cells.assumed += rules
     mode = MODES.get(m := cells.text("mode").lower(), m)
@@ -300,7 +302,7 @@ def read_run(row: Mapping[str, Any], stated: frozenset[str] = frozenset()) -> Ru
         compiled=cells.switch("compiled"), custom_all_reduce=cells.switch("custom_all_reduce"),
         allreduce_fusion=cells.text("allreduce_fusion").lower(), experts_kernels=cells.text("experts_kernels").lower(),
         attention_kernels=cells.text("attention_kernels").lower(),
-    ), named.profile)
+    ), named.profile, alike=public)
     return Run(
         model=profile, device=device, engine=engine, release=release, mode=mode, frontend=before,
         isl=isl, osl=osl, concurrency=concurrency, prefill=prefill, decode=decode, workers=workers,

@@ -9,8 +9,10 @@ from pydantic import Field
 from tensorcast.profiles.config_values import is_one_of
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.kernels import (
+    AllreduceNorm,
     AttentionKernels,
     ExpertKernels,
+    FusedSharedExperts,
     Gather,
     GemmRule,
     Lacking,
@@ -46,38 +48,13 @@ elementwise and row-wise ops become one kernel, with ``eager_norms`` but in norm
 Frontend = Literal["own", "dynamo"]
 """What takes requests to pools: the engine's own router, or NVIDIA Dynamo."""
 
+AXES = 3
+"""What a deployment is known by: model, device and release."""
+
 LongerStages = Literal["first", "before_last", "last"]
 PipelineSplit = LongerStages | tuple[tuple[int, ...], LongerStages]
 """Which stages of a pipeline have one more layer where layers do not divide: the first ones, those before the last
 one (which has the head), or the last ones. Before it, layers of each stage in pipelines with as many stages."""
-
-
-class AllreduceNorm(Frozen):
-    """Where the kernel runs that all-reduces and normalises, and up to which size."""
-
-    architectures: tuple[str, ...] = Field(description="of devices")
-    models: tuple[str, ...] = Field(default=(), description="model classes that it is switched on for; else all")
-    one_replica: bool = Field(default=False, description="not under data-parallel attention")
-    over_hosts: bool = Field(default=False, description="also between hosts that one domain joins (MNNVL)")
-    max_tokens: int | None = None
-    max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
-    device_max_bytes: dict[str, dict[int, int]] = Field(
-        default={}, description="the same by a word in the device's name, which comes first"
-    )
-    source: str = Field(min_length=3)
-
-    def limit_bytes(self, device: DeviceProfile, ranks: int, token_bytes: float) -> float:
-        """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
-        architecture, near = device.architecture.lower(), device.interconnect[0]
-        most = near.size if self.over_hosts else near.host_gpus or near.size
-        if architecture not in self.architectures or ranks > most:
-            return 0.0
-        largest = math.inf if self.max_tokens is None else self.max_tokens * token_bytes
-        if self.max_bytes:
-            usual = self.max_bytes.get(architecture, {})
-            own = next((limits for word, limits in self.device_max_bytes.items() if word in device.name), usual)
-            largest = min(largest, own.get(ranks, 0))
-        return largest
 
 
 class Uncompiled(Frozen):
@@ -101,33 +78,6 @@ class HalvedSteps(Frozen):
     shared_last: bool = False
     prompts_alone: tuple[str, ...] = Field(default=(), description="model classes whose decode steps are never halved")
     source: str = Field(min_length=3)
-
-
-class FusedModels(Frozen):
-    """Model classes whose shared expert runs as one more routed one, and where."""
-
-    architectures: tuple[str, ...] = Field(min_length=1, description="model classes")
-    num_experts: tuple[int, ...] = Field(default=(), description="of a layer; else any number")
-    devices: tuple[str, ...] = Field(min_length=1, description="architectures of devices")
-    spread: bool = Field(default=False, description="also where ranks hold whole experts of their own, each a copy")
-
-
-class FusedSharedExperts(Frozen):
-    """Where a shared expert, as wide as a routed one, runs in their grouped GEMM, as one more choice of every token."""
-
-    models: tuple[FusedModels, ...]
-    not_kernels: tuple[str, ...] = Field(default=(), description="experts' kernels that take no such expert")
-    source: str = Field(min_length=3)
-
-    def holds(
-        self, config: dict[str, Any], num_experts: int, *, architecture: str, spread: bool, kernels: str
-    ) -> bool:
-        """Whether it does for a model on devices of an ``architecture``. ``spread``, ``kernels``: as experts run."""
-        return kernels not in self.not_kernels and any(
-            is_one_of(one.architectures, config) and num_experts in (one.num_experts or (num_experts,))
-            and architecture.lower() in one.devices and one.spread >= spread
-            for one in self.models
-        )
 
 
 @dataclass(frozen=True)
@@ -173,15 +123,35 @@ class EngineFit(Frozen):
     hand_over_s: Number | None = Field(default=None, ge=0, description="behind Dynamo, as all runs it is fitted to")
     hand_over_rows: int = Field(default=0, ge=0)
     pool_factor: Number = Field(default=1.0, ge=1, description="decode steps where prompts are another server's")
-    serving_error: dict[str, Number] = Field(
-        default={}, description="by time (ttft_s, tpot_s) what serving errs by beside steps: relative median, where "
-        "models and devices are left out",
+    served_with: dict[str, dict[str, tuple[str, ...]]] = Field(
+        default={}, description="profiles of models, by device and release, of aggregated runs fitted to"
+    )
+    serving_error: dict[str, Number | tuple[Number, ...]] = Field(
+        default={}, description="by time (ttft_s, tpot_s) what serving errs by beside steps: relative median, by how "
+        "many of model, device and release such runs were never fitted to with",
     )
     left_out_rows: int = 0
     left_out_before: Number | None = None
     left_out_error: Number | None = None
     unseen_before: Number | None = None
     unseen_error: Number | None = None
+
+    def beside_steps(self, new: int) -> dict[str, float]:
+        """What serving errs by beside steps, by time, where ``new`` of model, device and release are
+        (:func:`unserved`)."""
+        every = {name: one if isinstance(one, tuple) else (one,) for name, one in self.serving_error.items()}
+        return {name: float(some[min(new, len(some) - 1)]) for name, some in every.items()}
+
+    def unserved(self, model: str, device: str, release: str) -> int:
+        """Of model, device and release (profiles' names) how many are others than those of the nearest runs that were
+        fitted to; 3 where none were."""
+        return min(
+            (
+                (model not in models) + (device != one) + (release != other)
+                for one, releases in self.served_with.items() for other, models in releases.items()
+            ),
+            default=AXES,
+        )
 
 
 class Calibrated(Frozen):

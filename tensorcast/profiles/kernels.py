@@ -1,10 +1,12 @@
 """What an engine profile says of kernels: whose run a model's experts, with which tiles, and whose its attention."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field
 
 from tensorcast.profiles.config_values import is_one_of
+from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.model import text_of
 from tensorcast.profiles.sourced import Frozen
 
@@ -205,3 +207,58 @@ class Gather(Frozen):
         default=GATHERS, description="of prefill steps, whose ranks have unlike numbers"
     )
     source: str = Field(min_length=3)
+
+
+class AllreduceNorm(Frozen):
+    """Where the kernel runs that all-reduces and normalises, and up to which size."""
+
+    architectures: tuple[str, ...] = Field(description="of devices")
+    models: tuple[str, ...] = Field(default=(), description="model classes that it is switched on for; else all")
+    one_replica: bool = Field(default=False, description="not under data-parallel attention")
+    over_hosts: bool = Field(default=False, description="also between hosts that one domain joins (MNNVL)")
+    max_tokens: int | None = None
+    max_bytes: dict[str, dict[int, int]] = Field(default={}, description="architecture -> ranks -> largest tensor")
+    device_max_bytes: dict[str, dict[int, int]] = Field(
+        default={}, description="the same by a word in the device's name, which comes first"
+    )
+    source: str = Field(min_length=3)
+
+    def limit_bytes(self, device: DeviceProfile, ranks: int, token_bytes: float) -> float:
+        """Largest all-reduce that is fused on this device in a group of ``ranks``; 0 where none is."""
+        architecture, near = device.architecture.lower(), device.interconnect[0]
+        most = near.size if self.over_hosts else near.host_gpus or near.size
+        if architecture not in self.architectures or ranks > most:
+            return 0.0
+        largest = math.inf if self.max_tokens is None else self.max_tokens * token_bytes
+        if self.max_bytes:
+            usual = self.max_bytes.get(architecture, {})
+            own = next((limits for word, limits in self.device_max_bytes.items() if word in device.name), usual)
+            largest = min(largest, own.get(ranks, 0))
+        return largest
+
+
+class FusedModels(Frozen):
+    """Model classes whose shared expert runs as one more routed one, and where."""
+
+    architectures: tuple[str, ...] = Field(min_length=1, description="model classes")
+    num_experts: tuple[int, ...] = Field(default=(), description="of a layer; else any number")
+    devices: tuple[str, ...] = Field(min_length=1, description="architectures of devices")
+    spread: bool = Field(default=False, description="also where ranks hold whole experts of their own, each a copy")
+
+
+class FusedSharedExperts(Frozen):
+    """Where a shared expert, as wide as a routed one, runs in their grouped GEMM, as one more choice of every token."""
+
+    models: tuple[FusedModels, ...]
+    not_kernels: tuple[str, ...] = Field(default=(), description="experts' kernels that take no such expert")
+    source: str = Field(min_length=3)
+
+    def holds(
+        self, config: dict[str, Any], num_experts: int, *, architecture: str, spread: bool, kernels: str
+    ) -> bool:
+        """Whether it does for a model on devices of an ``architecture``. ``spread``, ``kernels``: as experts run."""
+        return kernels not in self.not_kernels and any(
+            is_one_of(one.architectures, config) and num_experts in (one.num_experts or (num_experts,))
+            and architecture.lower() in one.devices and one.spread >= spread
+            for one in self.models
+        )

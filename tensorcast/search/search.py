@@ -125,7 +125,9 @@ def worth_showing(
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     for mode in task.modes:
         # no candidate's times are surer than the serving model by itself
-        least = served_interval(0.0, 0.0, 0.0, engine=task.engine, pools=mode == "disaggregated")
+        least = served_interval(
+            0.0, 0.0, 0.0, engine=task.engine, pools=mode == "disaggregated", new=task.unserved
+        )
         ttft, tpot = (float(least[name]) ** sigmas for name in ("ttft_s", "tpot_s"))
         limits = (task.ttft_s and task.ttft_s / ttft, task.tpot_s and task.tpot_s / tpot)
         shop = prices if mode == "aggregated" else prices.in_pools()

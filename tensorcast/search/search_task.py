@@ -23,6 +23,7 @@ from tensorcast.profiles.kept import same
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.workspace import CURRENT
+from tensorcast.serving.interval import unserved
 from tensorcast.serving.objective import OBJECTIVES
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.cache import whole_model
@@ -103,6 +104,11 @@ class SearchTask:
     pools: tuple[SearchTask, ...] = ()
     """Of prompts on one device and replies on another: the same asked of each alone, either of all ``gpus``, which then
     are of both together, or of those that there are of it. Else empty."""
+
+    @property
+    def unserved(self) -> int:
+        """How much of model, device and release the engine was not fitted to."""
+        return unserved(self.engine, self.model.name, self.device.name)
 
     @property
     def paid_gpus(self) -> int:

@@ -34,7 +34,9 @@ def rated(
     pools, factors = mode == "disaggregated", dict[str, Number]()
     if intervals or task.confidence is not None:
         share = c["ttft_s"] / c["request_s"]
-        factors = served_interval(c["ttft_error"], c["tpot_error"], share, engine=task.engine, pools=pools)
+        factors = served_interval(
+            c["ttft_error"], c["tpot_error"], share, engine=task.engine, pools=pools, new=task.unserved
+        )
     # errors are even in logs: what is kept with a chance lies so many times the interval's end away
     sigmas = NormalDist().inv_cdf(task.confidence or 0.5) / NORMAL_90
     late = {name: factors.get(f"{name}_s", 1.0) ** sigmas for name in ("ttft", "tpot")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tensorcast.cost.evidence import NORMAL_80
-from tensorcast.profiles.engine import EngineProfile
+from tensorcast.profiles.engine import AXES, EngineProfile
 from tensorcast.serving.traffic import Number
 
 SERVING_ERROR = {"ttft_s": 0.2, "tpot_s": 0.06}
@@ -20,7 +20,8 @@ POOLS_ERROR = {"ttft_s": 0.4, "tpot_s": 0.1}
 
 
 def served_interval(
-    ttft_error: Number, tpot_error: Number, ttft_share: Number, *, engine: EngineProfile, pools: bool = False
+    ttft_error: Number, tpot_error: Number, ttft_share: Number, *, engine: EngineProfile, pools: bool = False,
+    new: int = AXES,
 ) -> dict[str, Number]:
     """By metric (``ttft_s, tpot_s, output_tokens_per_s``) the factor that four in five true values lie within: between
     ``value / factor`` and ``value * factor``.
@@ -28,10 +29,18 @@ def served_interval(
     ``ttft_error, tpot_error``: relative median errors that kernels and engine overheads leave, as
     :class:`~tensorcast.serving.traffic.ServingMetrics` has them. ``ttft_share``: the first token's share of a
     request's time. ``engine``: whose scheduler serves. ``pools``: prompts and replies are served by a pool each.
+    ``new``: how many of model, device and release are others than those of runs that it was fitted to
+    (:func:`unserved`).
     """
-    own = POOLS_ERROR if pools else SERVING_ERROR | (engine.fitted.serving_error if engine.fitted else {})
+    own = POOLS_ERROR if pools else SERVING_ERROR | (engine.fitted.beside_steps(new) if engine.fitted else {})
     ttft, tpot = np.hypot(ttft_error, own["ttft_s"]), np.hypot(tpot_error, own["tpot_s"])
     # a request's time is its first token's and the others', whose errors are independent
     request = np.hypot(ttft_share * ttft, (1 - ttft_share) * tpot)
     errors = {"ttft_s": ttft, "tpot_s": tpot, "output_tokens_per_s": request}
     return {metric: 1 + NORMAL_80 * error for metric, error in errors.items()}
+
+
+def unserved(engine: EngineProfile, model: str, device: str) -> int:
+    """Of model, device (profiles' names) and the release of ``engine`` how many are others than those of the nearest
+    runs that it was fitted to."""
+    return AXES if engine.fitted is None else engine.fitted.unserved(model, device, engine.version)

@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate import command
-from tensorcast.calibrate.engines.left_out import LEFT_OUT, leave_out, page, serving_errors
+from tensorcast.calibrate.engines.left_out import ALL, LEFT_OUT, TOGETHER, leave_out, page, serving_errors
 from tensorcast.calibrate.engines.statistics import (
     FEWEST,
     Group,
@@ -48,7 +48,6 @@ from tensorcast.calibrate.engines.statistics import (
     once,
     own_fits,
     unseen,
-    without,
 )
 from tensorcast.calibrate.generated_blocks import read_engine, write_fit
 from tensorcast.deploy.model_names import understand
@@ -79,9 +78,9 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
     """Measured runs, one row each, without those that cannot be read or are replayed, request by request.
 
     Columns: ``run``; engine, device (profiles' names), ``network`` (equal for models of equal configs), ``model`` as
-    written, ``mode, measured_tpot_s, measured_ttft_s``, ``prompt`` (tokens, mean), ``even`` (may be fitted to),
-    ``stated`` (no workers assumed), ``frontend``, ``drafting`` (whether it drafted is not known), ``alike`` (a number
-    per deployment and load), ``same`` (a number per measured run).
+    written, ``release`` (with its engine), ``mode, measured_tpot_s, measured_ttft_s``, ``prompt`` (tokens, mean),
+    ``even`` (may be fitted to), ``stated`` (no workers assumed), ``frontend``, ``drafting`` (whether it drafted is not
+    known), ``alike`` (a number per deployment and load), ``same`` (a number per measured run).
     """
     ours = canonical_columns(table)
     runs = [run if run and run.arrivals is None else None for run in predict.read_runs(table, ours)[0]]
@@ -104,6 +103,7 @@ def read_runs(table: pd.DataFrame) -> pd.DataFrame:
         stated=[not any("workers" in text for text in run.assumed) for run in kept],
         frontend=[run.frontend for run in kept],
         drafting=[bool(run.other_depths) for run in kept],
+        release=[f"{engines[run.engine]}=={run.release or load_engine(run.engine).version}" for run in kept],
         alike=pd.factorize(pd.Series([
             f"{run.served_by} {run.device} {run.model} {run.layout} {run.isl}/{run.osl} {run.concurrency}"
             for run in kept
@@ -191,10 +191,11 @@ class Told:
     def fitted(self, fits: dict[str, EngineFit]) -> dict[str, EngineProfile]:
         return {name: self.published[name].model_copy(update={"fitted": fit}) for name, fit in fits.items()}
 
-    def without(self, column: str, value: Any) -> Told:
-        """As if no run of this ``network``, or on this ``device``, had been measured."""
-        left = self.known[self.known[column] != value]
-        return replace(self, known=left, own=without(self.own, **{column: value}))
+    def without(self, **values: Any) -> Told:
+        """As if no run of this ``network``, on this ``device`` and of this ``release`` had been measured."""
+        keep = np.all([self.known[column] != value for column, value in values.items()], axis=0)
+        left = self.known[keep]
+        return replace(self, known=left, own=own_fits(left[left["used"]]))
 
 
 def told(rows: pd.DataFrame, engines: dict[str, EngineProfile]) -> Told:
@@ -274,7 +275,16 @@ def _first_part(own: pd.DataFrame, fit: EngineFit) -> EngineFit:
         pools = pools[:0]
     models = pd.concat([own[own["used"]], whole, pools]).groupby("device")["model"].unique()
     served = {str(name): tuple(sorted(some)) for name, some in models.items()}
-    return fit.model_copy(update={**fields, "served": served})
+    return fit.model_copy(update={**fields, "served": served, "served_with": _served_with(own[own["used"]])})
+
+
+def _served_with(runs: pd.DataFrame) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Profiles of models by device and release."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for (device, release), some in runs.groupby(["device", "release"]):
+        names = {understand(name).profile.name for name in some["model"].unique()}
+        found.setdefault(str(device), {})[str(release).partition("==")[2]] = tuple(sorted(names))
+    return found
 
 
 def _slower_in_pools(pools: pd.DataFrame) -> float:
@@ -313,8 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fits = fit_engines(found, source)
     if not fits:
         raise InputError(f"{options.table}: no engine has {FEWEST} measured runs to fit to")
-    left = {column: leave_out(found, column, served_times) for column in LEFT_OUT}
-    beside = serving_errors(pd.concat(list(left.values()), ignore_index=True))
+    every = {columns: leave_out(found, columns, served_times) for columns in TOGETHER}
+    left = {column: every[column,] for column in LEFT_OUT} | {ALL: every[tuple(LEFT_OUT)]}
+    beside = serving_errors(pd.concat(list(every.values()), ignore_index=True))
     fits = {name: fit.model_copy(update={"serving_error": beside.get(name, {})}) for name, fit in fits.items()}
     for name, fit in fits.items():
         path = next(path for path in paths.values() if read_engine(path).name == name)

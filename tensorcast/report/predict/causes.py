@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 from tensorcast.errors import InputError
 from tensorcast.predict.error_causes import attribute
 from tensorcast.predict.score import errors, left_out
+from tensorcast.profiles.engine import AXES, EngineFit
 from tensorcast.profiles.store import load_engine
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from tensorcast.profiles.engine import EngineFit
 
 Lines = list[list[str]]
 
@@ -68,7 +67,7 @@ def fits(frame: pd.DataFrame, words: dict[str, str]) -> list[str]:
         "device, layout, lengths) whose hash is even. Left out is every other row, less records that measured the same "
         "to the last digit as one that was fitted to. Each network's runs are fitted to alone; an engine has the "
         "median of its networks, drawn towards that of all engines' networks, so that none of them weighs much. Picked "
-        "by looking at all runs, none left out: how much tokens of a step resemble one another (typical routing), how "
+        "by looking at all runs, none left out: how much tokens of a step resemble one another (routing alike), how "
         "strongly engines are drawn, two waiting steps, how many prompts ride together, how records are read, their "
         "default workers, SGLang's intervals in pools, the width of intervals of pools."
     )
@@ -100,12 +99,13 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
         "serving errs by, token", "first token",
         "runs left out, before", "after", "models not fitted to, before", "after",
     ]  # fmt: skip
+    words = ("tpot_s", "ttft_s")
     rows = [
         [
             name, f"{1e6 * fit.layer_s:.1f}", f"{1e6 * fit.layer_error_s:.1f}", f"x {fit.prefill_factor:.2f}",
             percent(fit.prefill_error), str(fit.rows), _ms(fit.first_token_s), f"{1e6 * fit.prompt_token_s:.1f}",
             _ms(fit.hand_over_s), f"x {fit.pool_factor:.2f}",
-            percent(fit.serving_error.get("tpot_s")), percent(fit.serving_error.get("ttft_s")),
+            *(" to ".join(percent(fit.beside_steps(new).get(time)) for new in (0, AXES)) for time in words),
             percent(fit.left_out_before), percent(fit.left_out_error),
             percent(fit.unseen_before), percent(fit.unseen_error),
         ]
@@ -115,8 +115,8 @@ def _overheads(found: dict[str, EngineFit]) -> list[str]:
         "Overheads, and median errors of the time per token of aggregated runs as published and as fitted: runs left "
         "out, and each model by constants that nothing of it was fitted to. Give or take: the median distance of a "
         "model's own constant from the one drawn from others (of seconds per layer what errors of its kernels do not "
-        "explain), part of every interval, as is what serving errs by: so much beside steps that four in five runs of "
-        "models and devices left out lie in theirs."
+        "explain), part of every interval, as is what serving errs by: so much beside steps that four in five runs "
+        "left out lie in theirs, where nothing is new and where model, device and release are."
     )
     return [text, "", *markdown(head, rows)]
 

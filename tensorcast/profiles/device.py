@@ -97,6 +97,7 @@ class Calibration(Frozen):
     kernels: tuple[KernelConstants, ...] = ()
     collectives: tuple[CollectiveConstants, ...] = ()
     lent_by: str = Field(default="", description="the device that it was measured on, where that is another; made here")
+    other_chip: bool = Field(default=False, description="that device has another chip; made here")
 
 
 class DeviceProfile(Frozen):
@@ -114,6 +115,10 @@ class DeviceProfile(Frozen):
     )
     same_chip: str = Field(
         default="", description="the device whose chip it is, with other memory or links: kernels go by its calibration"
+    )
+    like: str = Field(
+        default="", description="a measured device of its architecture with another chip, balanced alike: estimates go "
+        "by the fractions of peaks that kernels reach there"
     )
     whole_tiles: bool = Field(default=True, description="matmuls run in the tiles of GPU libraries, padded to them")
     peak_flops: dict[ComputeDtype, Figure] = Field(description="dense, no sparsity")
@@ -144,10 +149,21 @@ class DeviceProfile(Frozen):
             raise ValueError("peak_flops needs bf16 or fp16")
         return self
 
+    @model_validator(mode="after")
+    def _lends_once(self) -> "DeviceProfile":
+        if self.same_chip and self.like:
+            raise ValueError(f"same_chip ({self.same_chip}) and like ({self.like}) both name a lender; keep one")
+        return self
+
     @property
     def timed_on(self) -> str:
         """The device that its kernels were timed on; empty where none were."""
         return (self.calibration.lent_by or self.name) if self.calibration is not None else ""
+
+    @property
+    def timed_on_other_chip(self) -> bool:
+        """Whether that device has another chip (:attr:`like`), so that its kernels are an estimate."""
+        return self.calibration is not None and self.calibration.other_chip
 
     @property
     def world_limit(self) -> int:
@@ -155,33 +171,79 @@ class DeviceProfile(Frozen):
         return self.interconnect[-1].size
 
 
+BALANCE = (0.6, 1.7)
+"""bf16 FLOPs per byte of memory traffic, over the lender's, between which fractions of peaks are lent to another chip.
+Where arithmetic was cut and memory was not, they are others: H20's FP8 GEMMs in blocks reach 0.96 of its peak and 0.47
+of its bandwidth, H100's 0.71 and 0.83 (alibaba/InferSim, aiconfigurator-core 0.12.0); MI308X's 0.83 and 0.64, MI300X's
+0.33 and 0.33 (ROCm/aiter)."""
+
 MOST_TIMED = 64
 """Devices that are kept with what was timed on another."""
 
 _timed: dict[tuple[int, int], tuple[DeviceProfile, DeviceProfile, DeviceProfile]] = {}
-"""By identities of a device and of the one whose chip it is, which stay alive here."""
+"""By identities of a device and of its lender, which stay alive here."""
 
 
 def timed_as(device: DeviceProfile, read: Callable[[str], DeviceProfile]) -> DeviceProfile:
-    """A device that no kernel was timed on, with what was on another with the same chip (:attr:`same_chip`, which is
-    ``read`` by its name): fractions of its own peaks and bandwidths. The same object every time.
+    """A device that no kernel was timed on, with what was on its lender, which is ``read`` by its name: the one whose
+    chip it has (:attr:`~DeviceProfile.same_chip`), or one that it is ``like``. Itself where
+    it names none or has a calibration of its own. The same object every time.
 
-    Raises :class:`InputError` for a chip that there is no profile of, or no calibration.
+    Raises :class:`InputError` for a lender that there is no profile of, or no calibration, or, with another chip, of
+    another architecture or :data:`BALANCE`.
     """
-    if device.calibration is not None:
+    if device.calibration is not None or not (device.same_chip or device.like):
         return device
+    field, name = ("same_chip", device.same_chip) if device.same_chip else ("like", device.like)
     try:
-        chip = read(device.same_chip)
+        lender = read(name)
     except InputError as error:
-        raise InputError(f"device {device.name}: same_chip: {error}") from None
-    if chip.calibration is None:
-        raise InputError(f"device {device.name}: same_chip: {chip.name} has no calibration; name one that has")
-    key = id(device), id(chip)
+        raise InputError(f"device {device.name}: {field}: {error}") from None
+    if lender.calibration is None:
+        raise InputError(f"device {device.name}: {field}: {lender.name} has no calibration; name one that has")
+    if field == "like":
+        _check_alike(device, lender)
+    key = id(device), id(lender)
     if key not in _timed:
         while len(_timed) >= MOST_TIMED:
             del _timed[next(iter(_timed))]
-        said = f"as on {chip.name}, the same chip: {chip.calibration.provenance}"
-        lent = chip.calibration.model_copy(update={"provenance": said, "lent_by": chip.name})
-        changes = {"calibration": lent, "experts_held": chip.experts_held}
-        _timed[key] = device, chip, device.model_copy(update=changes)
+        _timed[key] = device, lender, lent(device, lender, other_chip=field == "like")
     return _timed[key][-1]
+
+
+def lent(device: DeviceProfile, lender: DeviceProfile, *, other_chip: bool) -> DeviceProfile:
+    """The device with its lender's calibration: fractions of its own peaks and bandwidths. Links are not the chip's:
+    those of another chip are left out."""
+    assert lender.calibration is not None
+    chip = "another chip of its architecture" if other_chip else "the same chip"
+    changes = {
+        "provenance": f"as on {lender.name}, {chip}: {lender.calibration.provenance}",
+        "lent_by": lender.name, "other_chip": other_chip,
+    } | ({"collectives": ()} if other_chip else {})
+    calibration = lender.calibration.model_copy(update=changes)
+    return device.model_copy(update={"calibration": calibration, "experts_held": lender.experts_held})
+
+
+def balance(device: DeviceProfile) -> float:
+    """bf16 FLOPs per byte of memory traffic at the device's peaks."""
+    flops = device.peak_flops.get("bf16") or device.peak_flops["fp16"]
+    return float(flops) / float(device.memory_bandwidth_bytes_per_s)
+
+
+def balanced_alike(device: DeviceProfile, lender: DeviceProfile) -> bool:
+    """Whether fractions of one's peaks say something about the other's: within :data:`BALANCE`."""
+    return BALANCE[0] <= balance(device) / balance(lender) <= BALANCE[1]
+
+
+def _check_alike(device: DeviceProfile, lender: DeviceProfile) -> None:
+    if device.architecture != lender.architecture:
+        raise InputError(
+            f"device {device.name}: like: {lender.name} is of another architecture ({lender.architecture}, not "
+            f"{device.architecture}); name one of its own"
+        )
+    if not balanced_alike(device, lender):
+        raise InputError(
+            f"device {device.name}: like: {balance(device):.0f} bf16 FLOPs per byte of memory traffic, {lender.name} "
+            f"{balance(lender):.0f}; name one with {balance(device) / BALANCE[1]:.0f} to "
+            f"{balance(device) / BALANCE[0]:.0f}, or none"
+        )

@@ -57,7 +57,7 @@ def load_device(name: str | os.PathLike[str]) -> DeviceProfile:
     from tensorcast.profiles.device import DeviceProfile, timed_as
 
     found = _read(_path_of("device", os.fspath(name)), DeviceProfile)
-    return timed_as(found, lambda chip: _read(_path_of("device", chip), DeviceProfile)) if found.same_chip else found
+    return timed_as(found, lambda lender: _read(_path_of("device", lender), DeviceProfile))
 
 
 def device_path(name: str | os.PathLike[str]) -> Path:

@@ -46,7 +46,7 @@ def device_record(profile: DeviceProfile) -> Record:
     """Memory, peaks, interconnect tiers, and whether kernels were measured on it."""
     fitted = profile.calibration
     errors: list[float] = []
-    if fitted:
+    if fitted and not fitted.other_chip:
         said = [row.median_error for row in fitted.kernels] + [row.median_error for row in fitted.collectives]
         errors = [error for error in said if error is not None]
     return {
@@ -62,7 +62,8 @@ def device_record(profile: DeviceProfile) -> Record:
             }
             for tier in profile.interconnect
         ],
-        "evidence": "calibrated" if fitted else "datasheet",
+        "evidence": "calibrated" if fitted and not fitted.other_chip else "datasheet",
+        "kernels_as_on": profile.timed_on if profile.timed_on != profile.name else None,
         "median_error": sorted(errors)[len(errors) // 2] if errors else None,
         "calibration": fitted.provenance if fitted else None, "sources": dict(profile.sources),
     }
@@ -161,7 +162,9 @@ def print_devices(records: list[Record], console: Console) -> None:
         return " > ".join(f"{tier['size']} {tier['name']} {rate(tier)}" for tier in row["interconnect"])
 
     def evidence(row: Record) -> str:
-        error = row["median_error"]
+        error, as_on = row["median_error"], row["kernels_as_on"]
+        if row["evidence"] == "datasheet":
+            return f"datasheet, as {as_on}" if as_on else "datasheet"
         return row["evidence"] if error is None else f"{row['evidence']} {units.percent(error)}"
 
     rows = [
@@ -174,7 +177,8 @@ def print_devices(records: list[Record], console: Console) -> None:
     heads = ("device", "memory", "bandwidth", "bf16", "fp8", "interconnect", "evidence", "source")
     _print(console, heads, "lrrrrlll", rows, soft=("interconnect",), narrow=("fp8", "evidence"))
     _say(console, "bf16, fp8: peak TFLOP/s, dense. Interconnect: GPUs in reach, bandwidth per GPU and direction.")
-    _say(console, "Evidence: median error of the fitted kernels on measurements held out, or datasheet figures only.")
+    _say(console, "Evidence: median error of the fitted kernels on measurements held out, or datasheet figures only "
+                  "(as NAME: by the fractions of them that kernels reach on that one).")
     _say(console, "cpu: this machine, measured when first used. All figures: --json")
 
 

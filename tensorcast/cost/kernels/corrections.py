@@ -30,6 +30,7 @@ from tensorcast.cost.kernels.kept_answers import (
 from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
+from tensorcast.profiles.store import load_device
 
 if TYPE_CHECKING:
     from tensorcast.cost.kernels.predictor import Predictor
@@ -174,6 +175,8 @@ class Corrections:
             return (engine, "") if self._residual(family, lender, variant) is not None else None
         if kernel is None and family in CARRIED and self.predictor.unmeasured(family, dtype, variant):
             return engine, ""
+        if self.predictor.lent:  # fitted over the lender's formula
+            device = load_device(device.timed_on)
         if kernel is None or kernel.constants != constants_digest(family, dtype, device, kernel.engine):
             return None
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tensorcast.cost.evidence import LEVELS, NORMAL_80
 from tensorcast.cost.kernels.formula import KernelFormula
-from tensorcast.cost.roofline import BORROWED_ERROR
+from tensorcast.cost.roofline import BORROWED_ERROR, OTHER_CHIP_ERROR
 from tensorcast.cost.work import Array
 
 PARTS = ("seconds", "low", "high", "level", "factor")
@@ -81,6 +81,17 @@ def borrowed(
     return Estimate(
         found.seconds, np.maximum(low, np.minimum(formula.floor, found.seconds)), high,
         np.minimum(found.level, LEVELS.index("calibrated")), found.seconds / formula.seconds,
+    )
+
+
+def of_other_chip(found: Estimate, floor: Array) -> Estimate:
+    """Another chip's kernels as a device's own: ``datasheet``, and no surer than such loans are. ``floor``: seconds
+    under which none can lie."""
+    width = NORMAL_80 * OTHER_CHIP_ERROR
+    low = np.minimum(found.low, found.seconds * np.exp(-width))
+    return replace(
+        found, low=np.maximum(low, np.minimum(floor, found.seconds)),
+        high=np.maximum(found.high, found.seconds * np.exp(width)), level=np.zeros_like(found.level),
     )
 
 

@@ -24,6 +24,7 @@ from tensorcast.cost.kernels.estimates import (
     borrowed,
     estimated,
     in_order,
+    of_other_chip,
     without_residual,
 )
 from tensorcast.cost.kernels.expert_load import skew_of
@@ -87,6 +88,14 @@ class Predictor:
         """One kernel's calls from columns of equal length."""
         if family == "moe_exchange" and variant.endswith(":both"):
             return self._both_ways(dtype, variant.removesuffix(":both"), columns)
+        found = self._priced(family, dtype, variant, columns)
+        if self.device.timed_on_other_chip:
+            floor = formula_of(family, dtype, variant, columns, self.device, engine=self.engine).floor
+            found = of_other_chip(found, floor)
+        return found
+
+    def _priced(self, family: str, dtype: str, variant: str, columns: Columns) -> Estimate:
+        """:meth:`price`, as if what was timed had been on this device."""
         if self.model is not None and self.model.device == TRANSFERRED:
             return self._from_other_devices(family, dtype, variant, columns)
         kernel = self.model.find(family, dtype, self.engine, variant) if self.model else None
@@ -211,10 +220,10 @@ class Predictor:
 
     def unmeasured(self, family: str, dtype: str, variant: str) -> bool:
         """Whether a device of which other kernels were measured is priced as one that was not."""
-        carried = self.device.calibration is not None and self.device.vendor == "NVIDIA" and not variant
-        return carried and dtype not in UNMEASURED and (
-            constants_for(self.device, family, dtype, self.engine)[1] == "datasheet"
-        )
+        if self.device.calibration is None or self.device.vendor != "NVIDIA" or variant or dtype in UNMEASURED:
+            return False
+        timed = load_device(self.device.timed_on) if self.lent else self.device
+        return constants_for(timed, family, dtype, self.engine)[1] == "datasheet"
 
     def _with_residual(
         self, kernel: Kernel, formula: KernelFormula, columns: Columns, features: Columns, measured_shape: Mask

@@ -116,7 +116,9 @@ def environment_of(view: View) -> list[tuple[str, str]]:
             seen.setdefault(deployment.device.name, deployment)
     for name, deployment in seen.items():
         fitted = deployment.device.calibration
-        made = f"calibrated {fitted.date}: {fitted.provenance}" if fitted else "datasheet only, nothing measured"
+        made = "datasheet only, nothing measured"
+        if fitted is not None:
+            made = f"{'estimated' if fitted.other_chip else f'calibrated {fitted.date}'}: {fitted.provenance}"
         lines.append((name, f"{deployment.device.description}; {made}"))
     if view.shown:
         engine, model = view.shown[0].decode.engine, view.shown[0].decode.model

@@ -203,9 +203,11 @@ BESIDE = ("indexer", "block_scores")
 
 
 def page(
-    errors: pd.DataFrame, shown: Shown, dropped: dict[str, dict[str, int]], provenance: Sequence[str]
+    errors: pd.DataFrame, shown: Shown, dropped: dict[str, dict[str, int]], provenance: Sequence[str],
+    left_out: Sequence[str] = (),
 ) -> str:
-    """The accuracy page, Markdown. ``errors``, ``shown`` as of :func:`tensorcast.validate.accuracy.splits.compare`."""
+    """The accuracy page, Markdown. ``errors``, ``shown`` as of :func:`tensorcast.validate.accuracy.splits.compare`;
+    ``left_out``: the section of :mod:`tensorcast.validate.accuracy.devices_left_out`."""
     shape = errors[errors.split == "shape"]
     reasons = sorted({reason for counts in dropped.values() for reason in counts})
     counts = [[reason, *(f"{found.get(reason, 0):,}" for found in dropped.values())] for reason in reasons]
@@ -254,6 +256,7 @@ def page(
         "## Every kernel, shapes left out", "", *_detail(errors, "shape"), "",
         "## Whole models left out", "", *_detail(errors, "model"), "",
         f"## {LEFT_OUT_DEVICE} left out", "", *_detail(errors, "device"), "",
+        *left_out, "",
         "## Outside the data", "",
         "Inside, times follow what was measured, which may fall with size. Outside, the residual stays as at the",
         "nearest measured sizes, and times stand on a lattice of sizes on which they never fall (a head size or window",

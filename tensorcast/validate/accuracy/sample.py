@@ -34,8 +34,8 @@ from tensorcast.errors import InputError
 from tensorcast.files import write_atomically
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import list_devices, load_device
+from tensorcast.validate.accuracy import devices_left_out, splits
 from tensorcast.validate.accuracy import page as accuracy_page
-from tensorcast.validate.accuracy import splits
 from tensorcast.validate.accuracy.page import percent, table
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "moe_exchange")
@@ -203,7 +203,8 @@ def write_full(folders: Sequence[Path], out: Path) -> None:
     systems = {name: read_device(folder, load_device(name)) for name, folder in where.items()}
     dropped = {name: system.dropped for name, system in systems.items()}
     provenance = [system.source for system in systems.values()]
-    write_atomically(out, accuracy_page.page(errors, shown, dropped, provenance))
+    left_out = devices_left_out.section(devices_left_out.errors(where)) if len(where) > 1 else []
+    write_atomically(out, accuracy_page.page(errors, shown, dropped, provenance, left_out))
     accuracy_page.figures(errors, out.parent)
 
 

@@ -80,7 +80,7 @@ def test_shipped_ones_are_estimates(name: str) -> None:
     frame = pd.DataFrame({"family": "gemm", "m": 8, "n": 4096, "k": 1024, "dtype": "bf16"}, index=[0])
     alone = tc.predict_kernels(frame, device=name, engine="vllm").seconds[0]
     qkv = next(row for row in ops.to_dict("records") if "q_proj" in row["module"])
-    assert qkv["seconds_per_call"] == pytest.approx(alone, rel=0.1)
+    assert qkv["seconds_per_call"] == pytest.approx(alone + float(device.graph_gap_s or 0.0), rel=0.1)
 
 
 def changed(folder: Path, name: str, **values: str) -> str:

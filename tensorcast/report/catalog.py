@@ -164,7 +164,7 @@ def print_devices(records: list[Record], console: Console) -> None:
     def evidence(row: Record) -> str:
         error, as_on = row["median_error"], row["kernels_as_on"]
         if row["evidence"] == "datasheet":
-            return f"datasheet, as {as_on}" if as_on else "datasheet"
+            return f"as {as_on}" if as_on else "datasheet"
         return row["evidence"] if error is None else f"{row['evidence']} {units.percent(error)}"
 
     rows = [
@@ -178,7 +178,7 @@ def print_devices(records: list[Record], console: Console) -> None:
     _print(console, heads, "lrrrrlll", rows, soft=("interconnect",), narrow=("fp8", "evidence"))
     _say(console, "bf16, fp8: peak TFLOP/s, dense. Interconnect: GPUs in reach, bandwidth per GPU and direction.")
     _say(console, "Evidence: median error of the fitted kernels on measurements held out, or datasheet figures only "
-                  "(as NAME: by the fractions of them that kernels reach on that one).")
+                  "(as NAME: and the fractions of them that kernels reach there).")
     _say(console, "cpu: this machine, measured when first used. All figures: --json")
 
 

@@ -152,12 +152,19 @@ def steps_of(traffic: Traffic, depth: int) -> float:
     return max(float(traffic.output_len) - 1, 1) / sum(float(traffic.mtp_acceptance) ** i for i in range(depth + 1))
 
 
+def found_writing(traffic: Traffic) -> float:
+    """Reply of whoever writes at a moment: each length counts as often as it is long."""
+    shortest, longest = (float(traffic.output_len) * (1 + side * float(traffic.spread)) for side in (-1, 1))
+    lengths = np.linspace(shortest, longest, 20_001)
+    return float(np.trapezoid(lengths**2, lengths) / np.trapezoid(lengths, lengths)) if traffic.spread else shortest
+
+
 def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_tokens: int | None = None) -> One:
     """One engine that prefills and decodes on the same GPUs. ``chunk_tokens``: prompt tokens per step and dp rank."""
     chunk = own_chunk(prefill) if chunk_tokens is None else chunk_tokens
     prompts, dp, users = OnePrefill.of(prefill, traffic, chunk), decode.layout.dp, float(traffic.concurrency)
     fits = float(sequences_that_fit(
-        prefill, decode, cut_prompts(traffic, chunk), int(traffic.input_len), int(traffic.output_len)
+        prefill, decode, cut_prompts(traffic, chunk), int(traffic.input_len), found_writing(traffic)
     ))  # fmt: skip
     if fits < 1:
         return One(f"does not fit: no room for one sequence of {traffic.input_len} tokens")
@@ -283,7 +290,7 @@ def disaggregated(
     chunk = own_chunk(prefill) if chunk_tokens is None else chunk_tokens
     cut, prompts = cut_prompts(traffic, chunk), OnePrefill.of(prefill, traffic, chunk)
     users = float(traffic.concurrency)
-    lengths = int(traffic.input_len), int(traffic.output_len)
+    lengths = int(traffic.input_len), found_writing(traffic)
     fits = float(sequences_that_fit(prefill, decode, None, *lengths))
     if fits < 1:
         return One(f"does not fit: no room for one sequence of {traffic.input_len} tokens")

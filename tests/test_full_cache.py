@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tensorcast.deploy.options import Options
+from tensorcast.predict.run_columns import read_run
+from tensorcast.predict.serve_runs import serve
 from tensorcast.predict.steady_limits import steady_limits
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.scheduling.outcome import Limits
@@ -85,3 +88,34 @@ def test_users_who_fill_the_cache_are_served_as_in_a_replay(load: tuple[str, str
     )
     assert users / closed.times["request_s"] * reply == pytest.approx(rate, rel=0.08)
     assert closed.times["tpot_s"] == pytest.approx(tpot, rel=0.09)
+
+
+KEPT = [
+    ("qwen3-8b", 320, 3860, 1.1), ("qwen3-8b", 1800, 620, 1.6), ("qwen3-30b-a3b", 480, 3400, 1.6),
+    ("qwen3-30b-a3b", 3280, 4570, 1.4), ("qwen3-30b-a3b", 1600, 1300, 0.9),
+]  # fmt: skip
+"""Longest prompts and replies, and users as so many times those whose sequences fit."""
+
+
+@pytest.mark.parametrize("load", KEPT)
+def test_room_is_of_whom_a_moment_finds(load: tuple[str, int, int, float]) -> None:
+    """Replies of many lengths under SGLang, which keeps room for all of each: longer ones are there for longer."""
+    model, prompt, reply, share = load
+    servers = priced_servers(
+        load_model(model), load_device("h100"), load_engine("sglang"), parse_servers("tp1"), longest=8192,
+        options=OPTIONS,
+    )  # fmt: skip
+    rules = servers.pools[0].rules
+    users = int(share * rules.cache_tokens / (prompt * 2 / 3 + reply * 2 / 3))
+    requests = drawn(14 * users, Length(prompt * 2 / 3, 0.5), Length(reply * 2 / 3, 0.5), users=users, seed=5)
+    found = servers.run(requests)
+    ends = np.sort(found.record.last_s)[[int(0.4 * len(requests)), int(0.8 * len(requests))]]
+    middle = (found.record.last_s > ends[0]) & (found.record.last_s <= ends[1])
+    rate, tpot = requests.output_len[middle].sum() / np.diff(ends)[0], found.times["tpot_s"][middle].mean()
+    run = read_run({
+        "model": model, "device": "h100", "engine": "sglang", "isl": prompt, "osl": reply, "concurrency": users,
+        "length_ratio": 1 / 3, "routing": "typical",
+    })  # fmt: skip
+    (closed,) = serve([replace(run, rounds=math.inf)])
+    assert closed.output_tokens_per_s == pytest.approx(rate, rel=0.035)
+    assert closed.tpot_s == pytest.approx(tpot, rel=0.03)

@@ -111,7 +111,7 @@ def room_for(
 ) -> tuple[Array, str]:
     """Sequences of ``traffic`` that fit on a decoding rank, and why none does. ``pooled``: prefill has its own GPUs."""
     beside = None if pooled else prompts  # what a full prefill step takes on the same GPUs
-    fits = sequences_that_fit(prefill, decode, beside, traffic.input_len, traffic.output_len)
+    fits = sequences_that_fit(prefill, decode, beside, traffic.input_len, traffic.reply_in_flight)
     if fits < 1:
         return fits, f"does not fit: no room for one sequence of {traffic.input_len} tokens"
     if pooled and prompts_that_fit(prefill, prefill_budget(prefill, prompts), traffic.input_len) < 1:

@@ -77,9 +77,14 @@ class Traffic:
         return cls(**{field.name: np.array([getattr(one, field.name) for one in several]) for field in fields(cls)})
 
     @property
+    def reply_in_flight(self) -> Number:
+        """Tokens of the reply of whoever decodes at a moment, in the mean: longer ones decode for longer."""
+        return self.output_len * (1 + self.spread**2 / 3)
+
+    @property
     def context(self) -> Number:
-        """Cached tokens of a decoding sequence, mean over its reply."""
-        return self.input_len + self.output_len / 2
+        """Cached tokens of a decoding sequence, in the mean of a moment."""
+        return self.input_len + self.reply_in_flight / 2
 
     def decode_steps(self, depth: Number | Rows) -> Array:
         """Decode steps of one reply with ``depth`` drafted tokens: each brings 1 + a + ... + a^depth tokens."""

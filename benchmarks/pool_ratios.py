@@ -15,7 +15,9 @@ September 2025. Runs are read as its scripts make them:
   of the replies never ends, the others do within some thirty tokens. So many reach the limit here as make up a run's
   mean, the others are exponential;
 - workers are of two GPUs; with one of each, of four (``--own-sizes`` takes two there, too): 32 users' tokens come at
-  7.4 ms from them and at 10.5 ms from the same one decode worker behind three that read prompts.
+  7.4 ms from them and at 10.5 ms from the same one decode worker behind three that read prompts. Each sees its own
+  GPUs alone (``CUDA_VISIBLE_DEVICES``), in a container with no other network than the host's: caches go by TCP, as
+  serving/hand_over.py has it, and not over NVLink (``--links``).
 
 Runs in which some requests failed are listed, not counted. Nothing was fitted to any of them.
 """
@@ -42,6 +44,9 @@ USERS = (128, 64, 32)
 
 LONG = 5000
 """Tokens of prompts of which no cache holds 500."""
+
+HOST_GBS = 1 / (1 / 10 + 1 / 7)
+"""Of a GPU's cache, copied to the host and sent, as UCX states both (tensorcast/serving/hand_over.py)."""
 
 SHORT = 28.0
 """Mean tokens of replies that end: with it, one share of endless ones makes up the means of all three limits."""
@@ -77,11 +82,13 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--engine", default="sglang==0.5.6.post2", help="rules of the oldest release that was read")
     parser.add_argument("--own-sizes", action="store_true", help="workers of two GPUs in every run")
+    parser.add_argument("--links", action="store_true", help="caches go over NVLink")
     options = parser.parse_args()
     with options.file.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     priced: dict[str, PricedServers] = {}
     model, device, engine = load_model("gpt-oss-120b"), load_device("h200"), load_engine(options.engine)
+    served = Options(routing="alike", hand_over_gbs=None if options.links else HOST_GBS)
     heads = [head for name in ("TPOT ms", "tokens/s", "TTFT ms") for head in (name, "replayed")]
     table = Table("ratio", "users", "lengths", *heads, box=None)
     errors: list[tuple[float, ...]] = []
@@ -91,7 +98,7 @@ def main() -> None:
         layout = f"{row['prefill']} x tp{tp} > {row['decode']} x tp{tp}"
         if layout not in priced:
             priced[layout] = priced_servers(
-                model, device, engine, parse_servers(layout), longest=1 << 16, options=Options(routing="alike")
+                model, device, engine, parse_servers(layout), longest=1 << 16, options=served
             )
         said = priced[layout].run(sent(row), router="round_robin").summary()
         measured = float(row["mean_tpot_ms"]), float(row["output_throughput"]), float(row["mean_ttft_ms"])

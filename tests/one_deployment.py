@@ -155,8 +155,9 @@ def steps_of(traffic: Traffic, depth: int) -> float:
 def found_writing(traffic: Traffic) -> float:
     """Reply of whoever writes at a moment: each length counts as often as it is long."""
     shortest, longest = (float(traffic.output_len) * (1 + side * float(traffic.spread)) for side in (-1, 1))
-    lengths = np.linspace(shortest, longest, 20_001)
-    return float(np.trapezoid(lengths**2, lengths) / np.trapezoid(lengths, lengths)) if traffic.spread else shortest
+    if traffic.spread < 1e-3:  # next to none differ
+        return float(traffic.output_len) * (1 + float(traffic.spread) ** 2 / 3)
+    return 2 / 3 * (longest**3 - shortest**3) / (longest**2 - shortest**2)
 
 
 def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_tokens: int | None = None) -> One:
@@ -332,10 +333,16 @@ def hand_over_s(prefill: Deployment, decode: Deployment, tokens: int, workers: i
     """A prompt's cache over the innermost tier if both pools fit into one of its domains, else over the outermost; from
     device to device over the slower one's. GPUs that are joined in pairs have one link to each other."""
     from tensorcast.cost.memory import cache_bytes
+    from tensorcast.profiles.memory import Kept
 
     gpus = (prefill.layout.world_size + decode.layout.world_size) * workers / 2
     tier = prefill.device.interconnect[0 if gpus <= prefill.device.interconnect[0].size else -1]
-    share = float(cache_bytes(prefill.raw, prefill.quantization.kv, 1, tokens)) / prefill.layout.pp
+    kept, rules = Kept(), prefill.engine.cache_rules
+    if rules is not None and rules.kept(prefill.model.config, 0).window_share == 1:  # windows share the others' cache
+        kept = Kept(window_share=1.0)
+    share = float(cache_bytes(prefill.raw, prefill.quantization.kv, 1, tokens, kept=kept)) / prefill.layout.pp
+    if prefill.options.hand_over_gbs:
+        return share / (1e9 * prefill.options.hand_over_gbs)
     tiers = [tier]
     if decode.device.name != prefill.device.name:
         tiers = [one.device.interconnect[-1] for one in (prefill, decode)]

@@ -262,7 +262,7 @@ def served(
         "decoding": DecodeCurve(GRID, {name: np.broadcast_to(v, (1, len(GRID))) for name, v in found.items()}, rows),
         "prompts": prefill_costs(columns, cut.tokens, cut.per_step, cut.rises).where(rows),
     }  # fmt: skip
-    lengths = int(traffic.input_len), int(traffic.output_len)
+    lengths = int(traffic.input_len), float(traffic.reply_in_flight)
     fits = sequences_that_fit(prefill, decode, None if workers else cut, *lengths)
     if workers is None:
         model: Any = Aggregated(**given)

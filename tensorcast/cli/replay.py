@@ -54,6 +54,7 @@ tensorcast replay deepseek-v3 -d h200 -l "4 x tp8-ep8, 2 x tp8-ep8 > dp16-ep16" 
 @deployment_options(
     "quant", "kv_dtype", "state_dtype", "routing", "all2all", "placement", "redundant_experts", "mtp_depth",
     "speculative_method", "draft_model", "dcp", "pp_partition", "experts_kernels", "attention_kernels",
+    "hand_over_gbs",
     defaults={"routing": SERVED_ROUTING},
 )
 def replay(

@@ -36,6 +36,7 @@ class DeploymentOptions(TypedDict, total=False):
     pp_partition: str | None
     chunk_tokens: int
     memory_fraction: float | None
+    hand_over_gbs: float | None
     cuda_graphs: str
     compiled: bool
     custom_all_reduce: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from math import inf
 from typing import Any
 
 from tensorcast.cost.stages import broken_stages, stated_stages
@@ -209,6 +210,10 @@ class Options:
         None, "Share of a GPU's memory, as the engine's own flag means it: --gpu-memory-utilization, "
         "--mem-fraction-static, free_gpu_memory_fraction.", metavar="SHARE", unasked="as the engine takes",
     )
+    hand_over_gbs: float | None = _about(
+        None, "GB/s at which each GPU of a pool that reads prompts hands their caches over, where that is not over its "
+        "links: some 4 through hosts' memory and sockets.", metavar="RATE", unasked="as links have it",
+    )
     cuda_graphs: str = _about(
         "engine", "What is replayed from CUDA graphs: as the engine does unasked, whole decode steps (full), pieces of "
         "them between which attention is launched, or none.", metavar="engine|full|piecewise|none",
@@ -293,6 +298,10 @@ def broken_option(o: Options, layout: Layout, facts: ModelFacts, all2all: str) -
         (
             "valid numbers", o.memory_fraction is None or 0 < o.memory_fraction <= 1,
             lambda: f"--memory-fraction {o.memory_fraction}: must be a share above 0 and up to 1",
+        ),
+        (
+            "valid numbers", o.hand_over_gbs is None or 0 < o.hand_over_gbs < inf,
+            lambda: f"--hand-over-gbs {o.hand_over_gbs}: must be more than 0",
         ),
         (
             "experts to place", not of_experts,

@@ -11,6 +11,7 @@ from tensorcast.predict.arrivals import BLOCK, as_sent
 from tensorcast.predict.run_columns import Run
 from tensorcast.predict.serve_runs import engine_of, load_engine_once, load_profiles
 from tensorcast.profiles.engine import EngineProfile
+from tensorcast.scheduling.outcome import Outcome
 from tensorcast.scheduling.pools import Servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
 from tensorcast.serving.interval import served_interval, unserved
@@ -35,13 +36,20 @@ class Replayed:
 
 def replay_runs(runs: Sequence[Run], engine: Callable[[str], EngineProfile] | None = None) -> list[Replayed]:
     """What users of each of ``runs`` meet; a run that cannot be says why. Equal deployments are priced once."""
-    priced: dict[tuple[Any, ...], PricedServers | InputError] = {}
+    priced: Priced = {}
     return [_replayed(run, priced, engine or load_engine_once) for run in runs]
 
 
-def _replayed(
-    run: Run, priced: dict[tuple[Any, ...], PricedServers | InputError], engine: Callable[[str], EngineProfile]
-) -> Replayed:
+Priced = dict[tuple[Any, ...], PricedServers | InputError]
+"""Servers by what decides about their prices, or why there are none."""
+
+
+def outcome_of(
+    run: Run, priced: Priced | None = None, engine: Callable[[str], EngineProfile] = load_engine_once
+) -> tuple[PricedServers, Outcome]:
+    """What happens to every request of a ``run``, and its servers, which are put into ``priced``. Raises
+    :class:`InputError` where it cannot be served."""
+    priced = {} if priced is None else priced
     assert run.arrivals is not None
     scheduler = engine(run.served_by).scheduler
     size = BLOCK if scheduler is None else scheduler.block_tokens
@@ -59,10 +67,14 @@ def _replayed(
     if key not in priced:
         priced[key] = _priced(run, engine, longest)
     servers = priced[key]
+    if isinstance(servers, InputError):
+        raise servers
+    return servers, servers.run(requests)
+
+
+def _replayed(run: Run, priced: Priced, engine: Callable[[str], EngineProfile]) -> Replayed:
     try:
-        if isinstance(servers, InputError):
-            raise servers
-        found = servers.run(requests)
+        servers, found = outcome_of(run, priced, engine)
     except InputError as error:
         return Replayed(problem=str(error))
     said = found.summary()

@@ -1,8 +1,8 @@
 """Replayed percentiles beside those that public runs report: ``python benchmarks/percentiles.py [FILE]``.
 
 The runs are those of ``benchmarks/cookbook_pages.csv``, SGLang's cookbook, sent as its client does and replayed;
-nothing was fitted to a percentile. What is printed is predicted over measured, in the median of the runs of a group: of dense
-networks and those with experts, whose kernels Triton compiles as steps of a new size come, and by users.
+nothing was fitted to a percentile. What is printed is predicted over measured, in the median of the runs of a group: of
+dense networks and those with experts, whose kernels Triton compiles as steps of a new size come, and by users.
 """
 
 from __future__ import annotations

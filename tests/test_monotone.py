@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from kernel_sweeps import DTYPES, ENGINES, price, sweeps
 from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.lattice import SIDES
 from tensorcast.cost.kernels.monotone import FREE, MONOTONE, coordinates
-from tensorcast.cost.kernels.predictor import predictor_for
+from tensorcast.cost.kernels.predictor import Predictor, from_other_devices, predictor_for
 from tensorcast.profiles.store import list_devices, load_device
 
 WITHOUT_DATA = tuple(name for name in list_devices() if load_device(name).calibration is None)
@@ -33,18 +34,18 @@ def test_what_rising_trees_are_told_never_falls(data: st.DataObject, family: str
 
 @given(
     data=st.data(), family=st.sampled_from(sorted(SIDES)), device=st.sampled_from(sorted(WITHOUT_DATA)),
-    engine=st.sampled_from(ENGINES),
+    engine=st.sampled_from(ENGINES), predictor_of=st.sampled_from([predictor_for, from_other_devices]),
 )
 @settings(max_examples=200, deadline=None)
 def test_without_own_data_time_grows_with_every_size(
-    data: st.DataObject, family: str, device: str, engine: str
+    data: st.DataObject, family: str, device: str, engine: str, predictor_of: Callable[..., Predictor]
 ) -> None:
     profile = load_device(device)
     dtype = data.draw(st.sampled_from(DTYPES.get(family, ("bf16", "fp8"))))
     _, columns = data.draw(sweeps(family))
     if "ranks" in columns:
         columns["ranks"] = np.minimum(columns["ranks"], float(profile.interconnect[0].size))
-    found = price(predictor_for(profile, engine), family, dtype, columns)
+    found = price(predictor_of(profile, engine), family, dtype, columns)
     floor = formula_of(family, dtype, "low_latency:dispatch", columns, profile, engine=engine).floor
     assert set(found.evidence) == {"datasheet"}
     assert (found.seconds >= floor * (1 - 1e-9)).all()

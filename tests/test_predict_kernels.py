@@ -17,7 +17,7 @@ from tensorcast.cost.kernels.device_model import DeviceModel, pack, read_model
 from tensorcast.cost.kernels.expert_load import rank_load
 from tensorcast.cost.kernels.formula import formula_of
 from tensorcast.cost.kernels.kept_answers import model_path
-from tensorcast.cost.kernels.predictor import Predictor, predict_kernels, predictor_for
+from tensorcast.cost.kernels.predictor import Predictor, from_other_devices, predict_kernels, predictor_for
 from tensorcast.cost.kernels.trees import Trees
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device
@@ -179,7 +179,8 @@ def test_a_damaged_or_newer_file_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def predictors() -> list[tuple[str, Predictor]]:
-    return [(name, predictor_for(load_device(name), "trtllm")) for name in ("h200-sxm", "b200-sxm", "l20", "mi300a")]
+    own = [(name, predictor_for(load_device(name), "trtllm")) for name in ("h200-sxm", "b200-sxm", "l20", "mi300a")]
+    return [*own, ("l20", from_other_devices(load_device("l20"), "trtllm"))]
 
 
 PREDICTORS = predictors()
@@ -315,7 +316,7 @@ def test_another_variants_kernel_is_not_measured() -> None:
 @settings(max_examples=60, deadline=None)
 def test_without_own_data_a_larger_gemm_is_never_faster(n: int, k: int, dtype: str, engine: str, m: list[int]) -> None:
     """What other devices need over the formula knows nothing of this one's tiles."""
-    predictor = predictor_for(load_device("l20"), engine)
+    predictor = from_other_devices(load_device("l20"), engine)
     sizes = np.unique(np.concatenate([m, np.asarray(m) + 1])).astype(float)
     found = predictor.estimate("gemm", dtype, m=sizes, n=float(n), k=float(k))
     assert (np.diff(found.seconds) >= -1e-9 * found.seconds[1:]).all()

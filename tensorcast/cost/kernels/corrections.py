@@ -167,9 +167,6 @@ class Corrections:
         model, device, engine = self.predictor.model, self.device, self.engine
         if model is None:
             return None
-        if model.device == TRANSFERRED:  # over the formula with this device's own, assumed constants
-            known = any(key[0] == family for key in model.kernels) and not variant
-            return (engine, "") if known else None
         kernel = model.find(family, dtype, engine, variant)
         if kernel is None and (lender := self.predictor.lender(family, dtype, variant)):
             return (engine, "") if self._residual(family, lender, variant) is not None else None

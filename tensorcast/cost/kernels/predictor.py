@@ -171,8 +171,7 @@ class Predictor:
             if family not in CARRIED or not self.unmeasured(family, dtype, variant):
                 return without_residual(by_formula)
             if self._bare is None:
-                bare = self.device.model_copy(update={"calibration": None})
-                self._bare = predictor_for(bare, self.engine, self.served)
+                self._bare = from_other_devices(self.device, self.engine, self.served)
             found = self._bare.price(family, dtype, variant, columns)
             return replace(found, factor=found.seconds / by_formula.seconds)
         shape, outside = kernel.measured_shape(columns), kernel.beyond(columns)
@@ -345,14 +344,20 @@ _predictors: dict[tuple[int, str, bool], Predictor] = {}
 
 def predictor_for(device: DeviceProfile, engine: str = "any", served: bool = False) -> Predictor:
     """The predictor of a device under an engine; a model file is read once. ``served``: of kernels as an engine tunes
-    them, also where they were measured untuned.
-
-    A device without calibration is priced by the formula with datasheet fractions, and if it is NVIDIA's by what the
-    measured NVIDIA devices need over that.
+    them, also where they were measured untuned. A device of which nothing was is priced by the formula with datasheet
+    fractions.
     """
-    measured = device.calibration is not None
-    path = model_path(device.timed_on or TRANSFERRED)
-    if path is None or not (measured or device.vendor == "NVIDIA"):
+    return _with_model(device, device.timed_on, engine, served)
+
+
+def from_other_devices(device: DeviceProfile, engine: str, served: bool = False) -> Predictor:
+    """The predictor of what was not timed on a device by what other devices need over the formula."""
+    return _with_model(device.model_copy(update={"calibration": None}), TRANSFERRED, engine, served)
+
+
+def _with_model(device: DeviceProfile, model_of: str, engine: str, served: bool) -> Predictor:
+    path = model_path(model_of) if model_of else None
+    if path is None:
         return Predictor(device, engine, None, served)
     changed = path.stat().st_mtime
     if path not in _models or _models[path][0] != changed:

@@ -1,8 +1,8 @@
 """How far off devices are of which nothing was measured: every measured one in turn, priced as if it were such a one.
 
-*Datasheet*: the formula with datasheet fractions; of NVIDIA's with what measured ones of other architectures need over
-it, as a device without calibration is priced. *Lent*: by another measured device's kernels
-(:attr:`~tensorcast.profiles.device.DeviceProfile.like`).
+By the *datasheet*: the formula with fractions of it, as a device without calibration is priced; with *trees* beside, of
+what measured ones of other architectures need over it, as a kernel that was not timed on a measured device is. Or by
+another measured device's kernels (:attr:`~tensorcast.profiles.device.DeviceProfile.like`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEXT_ARCHITECTURES = (
 )  # fmt: skip
 """Devices, and lenders of the next architecture with memory of the same kind: as far off as another chip may be."""
 
-DATASHEET = "datasheet"
+DATASHEET, TREES = "datasheet", "datasheet and trees"
 
 Found = Mapping[str, dict[Key, Sampled]]
 
@@ -58,17 +58,18 @@ def lenders(device: DeviceProfile, measured: Mapping[str, DeviceProfile]) -> lis
 
 
 def errors(where: Mapping[str, Path]) -> pd.DataFrame:
-    """A row per measured call and way to price it: ``device, vendor, family, way`` (:data:`DATASHEET` or a lender),
-    ``kind`` of the lender, ``ratio`` (predicted over measured), ``held`` (the 80 % interval). ``where``: devices, and
-    the folder of what was measured on each."""
+    """A row per measured call and way to price it: ``device, vendor, family, way`` (:data:`DATASHEET`, :data:`TREES` or
+    a lender), ``kind`` of the lender, ``ratio`` (predicted over measured), ``held`` (the 80 % interval). ``where``:
+    devices, and the folder of what was measured on each."""
     devices = {name: load_device(name) for name in where}
     found = {name: _sampled(where[name], device) for name, device in devices.items()}
     others = {one: _of_others(one, devices, found) for one in {device.architecture for device in devices.values()}}
     parts: list[pd.DataFrame] = []
     for name, device in devices.items():
         bare = unseen_devices.bare(device)
-        model = others[device.architecture] if device.vendor == "NVIDIA" else None
-        parts += _priced(found[name], bare, model, DATASHEET, "")
+        parts += _priced(found[name], bare, None, DATASHEET, "")
+        if device.vendor == "NVIDIA":
+            parts += _priced(found[name], bare, others[device.architecture], TREES, "")
         for lender in lenders(device, devices):
             asked = lent(bare, devices[lender.name], other_chip=True)
             parts += _priced(found[name], asked, _model(lender.name), lender.name, lender.kind)
@@ -122,13 +123,13 @@ def section(found: pd.DataFrame) -> list[str]:
     lines = [
         "## Devices left out", "",
         f"Every measured device in turn as one of which nothing was, up to {ROWS} rows of each plain kernel.",
-        "*Datasheet*: fractions of its peaks as assumed of any; of NVIDIA's, over them, what devices of other",
-        "architectures need. By another's kernels: what a profile asks for with `like`, which is refused where",
-        "arithmetic was cut and memory was not, and of another architecture; both stand here to show how far off such",
-        "loans are.", "",
+        "*Datasheet*: fractions of its peaks as assumed of any device, which is how one without calibration is priced;",
+        "*trees*: over them, what NVIDIA's of other architectures need, which prices kernels that were not timed on a",
+        "measured one. By another's kernels: what a profile asks for with `like`, which is refused where arithmetic",
+        "was cut and memory was not, and of another architecture; both stand here to show how far off loans are.", "",
     ]  # fmt: skip
     rows: list[list[object]] = []
-    for way, part in (("datasheet", found[found.way == DATASHEET]), *(
+    for way, part in (*((one, found[found.way == one]) for one in (DATASHEET, TREES)), *(
         (f"a device {KINDS[kind]}", found[found.kind == kind]) for kind in KINDS
     )):
         for whose, some in (("all", part), ("but for AMD's", part[part.vendor != "AMD"])):

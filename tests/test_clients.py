@@ -102,6 +102,20 @@ def test_what_was_sent_before_is_numbers_of_requests(said: str) -> None:
         read_run({**ROW, "client": "me"})
 
 
+def test_equal_prompts_that_were_sent_before_are_found() -> None:
+    row = {"model": "qwen3-8b", "device": "h100", "engine": "vllm", "isl": 4000, "osl": 100, "requests": 64}
+    table = pd.DataFrame([{**row, "concurrency": 32, "sent_before": before} for before in (None, 32, 64)])
+    never, half, all_of_them = predict(table)["ttft_s"]
+    assert all_of_them < half < never
+
+
+def test_a_run_that_says_nothing_of_its_requests_has_none_before() -> None:
+    with pytest.raises(InputError, match="sent_before 80: needs requests, how many this run sent"):
+        read_run({**ROW, "concurrency": 16, "sent_before": 80})
+    with pytest.raises(InputError, match="sent_before 80: needs no prefix_cached and no images beside"):
+        read_run({**ROW, "concurrency": 16, "requests": 80, "sent_before": 80, "prefix_cached": 100})
+
+
 def test_the_shipped_pages_are_listed_as_they_were_run() -> None:
     """Requests of a page grow with users, so that a run's first prompts are those of the one before it."""
     table = pd.read_csv(Path(__file__).parent.parent / "benchmarks/cookbook_pages.csv")

@@ -200,7 +200,11 @@ def read_client(
     listed = cells.cells.get(LISTED) if client == "sglang" else None
     earlier = _earlier(cells.text("sent_before", listed) or "", isl)
     apart = any(name in cells.cells for name in ("images_per_request", "prefix_cached"))
-    if count is None or apart or (client == "other" and not earlier) or (arrivals is None and ratio == 1):
+    if "sent_before" in cells.cells and (count is None or apart):
+        needs = "no prefix_cached and no images beside" if apart else "requests, how many this run sent"
+        raise InputError(f"sent_before {cells.cells['sent_before']}: needs {needs}")
+    told = earlier or (client == "sglang" and (arrivals is not None or ratio < 1))
+    if count is None or apart or not told:
         return arrivals  # replies of equal length stay in step in a replay
     if client == "sglang" and "client" not in cells.cells:
         after = f" after {', '.join(f'{one.count} of {one.isl}' for one in earlier)}" if earlier else ""

@@ -211,7 +211,10 @@ def attention(op: Op, at: Context) -> list[Work]:
     past, a = at.value(op.attrs["past"]), op.attrs
     if "context_ranks" in a:  # a part of the tokens, for the heads of all ranks that hold the others
         heads, past = heads * a["context_ranks"], past / a["context_ranks"]
-    if a["latent"]:
+    whole = a.get("kernels") if a["latent"] else ""  # whose kernels attend to latents as to heads of keys
+    if whole and at.decode:
+        return [_one_head(at, batch, new, past, heads, read=2.0 * a["latent"] + a["rope"])]
+    if a["latent"] and not whole:
         nope = width - a["rope"]
         kv_bytes = at.kv_bytes
         if kv_bytes < 2.0 and a.get("scaled"):
@@ -229,7 +232,7 @@ def attention(op: Op, at: Context) -> list[Work]:
     if a["chunk"]:
         past = np.where(np.asarray(past) + new > a["chunk"], np.mod(past, a["chunk"]), past)
     found = w.attention(
-        batch, new, past, heads, at.value(k.dims[1]), qk_dim=width, v_dim=at.value(v.dims[-1]),
+        batch, new, past, heads, heads if whole else at.value(k.dims[1]), qk_dim=width, v_dim=at.value(v.dims[-1]),
         kv_bytes=at.kv_bytes, window=window, causal=a["causal"], decode=at.decode,
         dtype="fp8" if a.get("as_cached") and at.cached_in_fp8 else "",
     )
@@ -245,6 +248,23 @@ def attention(op: Op, at: Context) -> list[Work]:
             elements=found.elements * scale,
         )
     return [found]
+
+
+HEADS_TOGETHER, HEAD_WIDTH = 16.0, 256.0
+"""Query heads of a block of Triton's kernel for decode, and the widest head that it was timed with in tables."""
+
+
+def _one_head(at: Context, batch: Size, new: Size, past: Size, heads: Size, *, read: Size) -> Work:
+    """Decode over latents in a kernel for grouped queries: a latent with its rope part is read as the one head of keys
+    and once more as the values, by each block of heads of each split (SGLang 0.5.8, attention/triton_ops/
+    decode_attention.py, _decode_grouped_att_m_fwd). It takes as much longer than heads of :data:`HEAD_WIDTH` as more
+    is read."""
+    blocks = np.ceil(np.asarray(heads) / HEADS_TOGETHER)
+    found = w.attention(
+        batch * blocks, new, past, np.minimum(heads, HEADS_TOGETHER), 1.0, qk_dim=HEAD_WIDTH, v_dim=HEAD_WIDTH,
+        kv_bytes=at.kv_bytes, decode=True,
+    )
+    return replace(found, calls=read / (2.0 * HEAD_WIDTH))
 
 
 def _chosen(op: Op, at: Context, batch: Size, new: Size, past: Size) -> Work:

@@ -113,6 +113,10 @@ class AttentionKernels(Frozen):
     usual: dict[str, str] = Field(description="device architecture -> what runs where no rule says otherwise")
     libraries: tuple[AttentionRule, ...] = Field(default=(), description="the first that holds")
     as_cached: tuple[str, ...] = Field(default=(), description="those that multiply in FP8 where the cache is")
+    over_latents: dict[str, tuple[str, ...]] = Field(
+        default={}, description="libraries that attend to latents as to one head of keys in decode, as to all expanded "
+        "ones in prompts, and architectures of devices where those kernels of theirs were timed"
+    )
     asked: str = Field(default="", description="what runs, whatever the engine would choose")
 
     def library(self, device: str, config: dict[str, Any]) -> str:

@@ -44,22 +44,27 @@ def expert_sources(
     return _sources[key][-1]
 
 
-def attention_kernels(engine: EngineProfile, architecture: str, config: dict[str, Any]) -> tuple[str, bool, bool]:
-    """Whose kernels run a model's attention (empty: the usual ones), whether they multiply in what the cache holds, and
-    whether its indexers score all entries where they choose among some blocks of them."""
+def attention_kernels(engine: EngineProfile, architecture: str, config: dict[str, Any]) -> tuple[str, bool, bool, str]:
+    """Whose kernels run a model's attention (empty: the usual ones), whether they multiply in what the cache holds,
+    whether its indexers score all entries where they choose among some blocks of them, and whose run it over latents as
+    over one head of keys (empty: kernels for latents)."""
     whole = bool(text_of(config).get("candidate_topk_blocks")) and architecture not in engine.scores_within
     if (rules := engine.attention) is None:
-        return "", False, whole
-    return rules.unusual(architecture, config), rules.library(architecture, config) in rules.as_cached, whole
+        return "", False, whole, ""
+    unusual, library = rules.unusual(architecture, config), rules.library(architecture, config)
+    over_latents = library if architecture.lower() in rules.over_latents.get(library, ()) else ""
+    return unusual, library in rules.as_cached, whole, over_latents
 
 
-def attended_by(row: Op, kernels: str, as_cached: bool, whole: bool) -> Op:
+def attended_by(row: Op, kernels: str, as_cached: bool, whole: bool, over_latents: str) -> Op:
     """The row as it is run so (:func:`attention_kernels`), if it scores entries or is attention to all tokens or a
     window: its attrs say how."""
     if whole and row.attrs.get("within"):
         return with_attr(row, "within", 0)
-    if row.name != "attention" or row.attrs["latent"] or row.attrs["selected"] or row.attrs.get("compress"):
+    if row.name != "attention" or row.attrs["selected"] or row.attrs.get("compress"):
         return row
+    if row.attrs["latent"]:
+        return with_attr(row, "kernels", over_latents) if over_latents else row
     row = with_attr(row, "kernels", kernels) if kernels else row
     return with_attr(row, "as_cached", True) if as_cached else row
 

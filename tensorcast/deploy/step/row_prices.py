@@ -168,8 +168,9 @@ class RowPricer:
             found: Works = []
             for work in work_of(op, at):
                 known = asked.at(work.family, work.dtype, variant, work.sizes)
-                # the engine's usual ones stand in for a library that no table timed
-                lent = bool(kernels) and known is not None and known.variant != kernels
+                # the engine's usual ones stand in for a library that no table timed, one head of keys for latents
+                other = known is not None and (known.variant != kernels or bool(op.attrs.get("latent")))
+                lent = bool(kernels) and other
                 found.append((work, Measured(known, self.engine.name, 1.0, BORROWED_ERROR) if lent else known))
             if "measured" in op.attrs:  # attention of a vision tower
                 found = [(work, Measured(known, self.engine.name, *op.attrs["measured"])) for work, known in found]

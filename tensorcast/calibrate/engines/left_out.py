@@ -86,23 +86,23 @@ def serving_errors(runs: pd.DataFrame) -> dict[str, dict[str, tuple[float, ...]]
 
     Every deployment (network, device, release under an engine) counts alike, however many runs it has, as the next is
     one more, but as far as it has runs that tell it. An engine's is drawn towards that of all engines as its constants
-    are (:data:`~tensorcast.calibrate.engines.statistics.DRAWN`), and is wider as few networks tell it. Of engines with
-    :data:`ENOUGH` runs."""
+    are (:data:`~tensorcast.calibrate.engines.statistics.DRAWN`), and of what is new is wider as few networks tell it.
+    Of engines with :data:`ENOUGH` runs."""
     runs = runs[(runs["new"] > 0) | ~runs["even"].astype(bool)]
     told = runs.groupby("engine").filter(lambda some: len(some) >= ENOUGH)
     found: dict[str, dict[str, tuple[float, ...]]] = {}
     for engine, own in told.groupby("engine"):
         found[str(engine)] = {}
         for name in METRICS:
-            each = [_drawn(some, told[told["new"] == new], name) for new, some in own.groupby("new")]
+            each = [_drawn(some, told[told["new"] == new], name, bool(new)) for new, some in own.groupby("new")]
             found[str(engine)][name] = tuple(round(float(one), 3) for one in np.maximum.accumulate(each))
     return found
 
 
-def _drawn(runs: pd.DataFrame, every: pd.DataFrame, name: str) -> float:
+def _drawn(runs: pd.DataFrame, every: pd.DataFrame, name: str, new: bool) -> float:
     networks = runs["network"].nunique()
     mean = (networks * _beside(runs, name) + DRAWN * _beside(every, name)) / (networks + DRAWN)
-    return mean * few_groups(networks + DRAWN)
+    return mean * few_groups(networks + DRAWN) if new else mean
 
 
 def _beside(runs: pd.DataFrame, name: str) -> float:

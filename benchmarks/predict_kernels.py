@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pandas as pd
 
-from tensorcast.cost.kernels.predictor import Predictor, predict_kernels, predictor_for
+from tensorcast.cost.kernels.frames import predict_kernels
+from tensorcast.cost.kernels.predictor import Predictor, predictor_for
 from tensorcast.profiles.store import load_device
 
 

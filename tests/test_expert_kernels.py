@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tensorcast.calibrate.kernel_models.expert_libraries import known_models
 from tensorcast.cost.kernels.device_model import CONFIGURATION, SOURCE_OF, UNTUNED
 from tensorcast.cost.kernels.formula import formula_of
-from tensorcast.cost.kernels.predictor import predict_kernels, predictor_for
+from tensorcast.cost.kernels.frames import predict_kernels
+from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.cost.kernels.triton_tiles import NONE, TILES, TRITON, of_library
 from tensorcast.cost.kernels.vocabulary import SOURCES, source_of
 from tensorcast.deploy.deployment import deploy

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorcast.cost import work
-from tensorcast.cost.kernels.predictor import predict_kernels
+from tensorcast.cost.kernels.frames import predict_kernels
 from tensorcast.cost.roofline import constants_for, kernel_time
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import parse_layout

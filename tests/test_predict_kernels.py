@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tensorcast.cost.kernels.device_model import DeviceModel, pack, read_model
 from tensorcast.cost.kernels.expert_load import rank_load
 from tensorcast.cost.kernels.formula import formula_of
+from tensorcast.cost.kernels.frames import predict_kernels
 from tensorcast.cost.kernels.kept_answers import model_path
-from tensorcast.cost.kernels.predictor import Predictor, from_other_devices, predict_kernels, predictor_for
+from tensorcast.cost.kernels.predictor import Predictor, from_other_devices, predictor_for
 from tensorcast.cost.kernels.trees import Trees
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import tensorcast as tc
-from tensorcast.cost.kernels.predictor import predict_kernels
+from tensorcast.cost.kernels.frames import predict_kernels
 from tensorcast.errors import InputError
 from tensorcast.profiles.store import load_device
 

@@ -12,7 +12,8 @@ from tensorcast.calibrate import command
 from tensorcast.calibrate.measured_tables import MeasuredKernel, MeasuredSystem
 from tensorcast.cost.kernels.device_model import SOURCE_OF, Kernel
 from tensorcast.cost.kernels.formula import constants_digest
-from tensorcast.cost.kernels.predictor import predict_kernels, predictor_for
+from tensorcast.cost.kernels.frames import predict_kernels
+from tensorcast.cost.kernels.predictor import predictor_for
 from tensorcast.cost.kernels.shape_tables import calls_of
 from tensorcast.cost.kernels.vocabulary import SOURCES, Columns
 from tensorcast.errors import InputError

@@ -295,12 +295,12 @@ def experts(
 
 
 def predict_kernels(frame: pd.DataFrame, *, device: str, engine: str | None = None) -> pd.DataFrame:
-    """Kernel times of a frame of shapes: see :func:`tensorcast.cost.kernels.predictor.predict_kernels`.
+    """Kernel times of a frame of shapes: see :func:`tensorcast.cost.kernels.frames.predict_kernels`.
 
     >>> import pandas as pd, tensorcast as tc
     >>> rows = pd.DataFrame({"family": ["gemm"], "m": [64], "n": [7168], "k": [2048], "dtype": ["fp8_block"]})
     >>> tc.predict_kernels(rows, device="h200", engine="sglang")["seconds"]  # doctest: +SKIP
     """
-    from tensorcast.cost.kernels.predictor import predict_kernels as predict
+    from tensorcast.cost.kernels.frames import predict_kernels as predict
 
     return predict(frame, device=device, engine=engine)

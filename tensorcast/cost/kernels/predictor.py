@@ -1,6 +1,6 @@
 """Kernel times with an interval and a word on where they come from: a formula, and a fitted residual where it pays.
 
-``predict_kernels`` prices a frame of shapes; :class:`Predictor` one kernel's arrays at a time, for pricing steps.
+:class:`Predictor` prices one kernel's arrays at a time; :mod:`tensorcast.cost.kernels.frames` frames of shapes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorcast.cost.evidence import LEVELS
 from tensorcast.cost.kernels.device_model import CONFIGURATION, LINES, UNPACKS, UNTUNED, DeviceModel, Kernel, read_model
 from tensorcast.cost.kernels.estimates import (
     LENT_ERROR,
@@ -39,10 +38,7 @@ from tensorcast.cost.work import Array, Mask, Size
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.store import load_device
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Estimate", "Predictor", "predict_kernels", "predictor_for"]
+__all__ = ["Estimate", "Predictor", "from_other_devices", "predictor_for"]
 
 LOAD = ("rows", "hit")
 """Columns that give the busiest rank's load of experts."""
@@ -369,39 +365,3 @@ def _with_model(device: DeviceProfile, model_of: str, engine: str, served: bool)
             _predictors.clear()
         known = _predictors[key] = Predictor(device, engine, model, served)
     return known
-
-
-def predict_kernels(frame: pd.DataFrame, *, device: str | DeviceProfile, engine: str | None = None) -> pd.DataFrame:
-    """Seconds of every row's kernel, with an 80 % interval and evidence.
-
-    ``frame``: a column ``family`` (one of :data:`SIZES`, or a measured table's name such as ``moe``) and the shape
-    columns of its rows' families, in the measured tables' words (``num_tokens``, ``moe_ep_size``, ...) or ours. A
-    column ``engine`` names the engine row by row where ``engine`` is not given. Returns the frame with ``seconds, low,
-    high, evidence`` (``measured``: on or between measured points; ``calibrated``: a fitted model carries them further;
-    ``datasheet``: nothing was measured). Raises :class:`InputError` for an unknown family, dtype or engine, a missing
-    column, and sizes that no kernel has.
-
-    ``measured`` seconds follow the measurements, also where a larger call was the faster one. The others never fall as
-    a size of :data:`~tensorcast.cost.kernels.lattice.SIDES` grows, but where a head size or window is one that was
-    measured, or where another engine's measurements stand in. None is under what peaks and links allow.
-    """
-    from tensorcast.cost.kernels.shape_checks import check_calls, engine_name
-    from tensorcast.cost.kernels.shape_tables import calls_of
-
-    profile = load_device(device) if isinstance(device, str) else device
-    size = len(frame)
-    seconds, low, high, level = np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, dtype=int)
-    if engine is None and "engine" in frame.columns:
-        said = frame["engine"].astype(object).fillna("any").astype(str).reset_index(drop=True)
-        parts = said.groupby(said).indices
-    else:
-        parts = {engine or "any": np.arange(size)}
-    for name, rows in parts.items():
-        predictor = predictor_for(profile, engine_name(str(name)))
-        part = frame if len(rows) == size else frame.iloc[rows]
-        for calls in calls_of(part):
-            check_calls(calls, part)
-            at = rows[calls.rows]
-            found = predictor.price(calls.family, calls.dtype, calls.variant, calls.columns)
-            seconds[at], low[at], high[at], level[at] = found.seconds, found.low, found.high, found.level
-    return frame.assign(seconds=seconds, low=low, high=high, evidence=np.array(LEVELS, dtype=object)[level])

@@ -11,6 +11,7 @@ import tensorcast as tc
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import Layout
 from tensorcast.deploy.options import Options
+from tensorcast.errors import InputError
 from tensorcast.predict.predict import predict
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.scheduling.requests import Length, drawn
@@ -66,3 +67,9 @@ def test_who_hands_over_slowly_keeps_first_tokens_waiting() -> None:
 def test_a_rate_is_more_than_nothing(rate: float) -> None:
     row = {"model": "qwen3-8b", "device": "h100", "hand_over_gbs": rate}
     assert "hand_over_gbs" in predict(pd.DataFrame([row]))["problem"][0]
+
+
+def test_a_rate_that_no_pool_has_is_refused() -> None:
+    asked = drawn(2, Length(400), Length(20), rate=1.0)
+    with pytest.raises(InputError, match=r"hand_over_gbs.* no cache is handed over where servers read and write"):
+        tc.replay("qwen3-8b", device="h100", layout="2 x tp1", requests=asked, hand_over_gbs=4.1)

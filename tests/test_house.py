@@ -225,8 +225,10 @@ def test_a_comparison_makes_no_frame(written: bool, tmp_path: Path) -> None:
     assert not loaded_by(code, "torch", "transformers", "pandas", *([] if written else ["pyarrow", "matplotlib"]))
 
 
-def test_a_comparison_asked_before_reads_no_fitted_model() -> None:
-    """Kernels' models answered on disk, and what reads images and recorded traffic is not needed: none is imported."""
+def test_a_comparison_asked_before_reads_no_fitted_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels' models answered on disk, and what reads images and recorded traffic is not needed: none is imported. In
+    a cache of its own, as whoever ends last writes what is kept."""
+    monkeypatch.setenv("TENSORCAST_CACHE", str(tmp_path))
     asked = "device='h200', world_size=2, input_len=900, output_len=90"
     call = f"import tensorcast as tc\ntc.compare('qwen3-30b-a3b', {asked})"
     unread = ("cost.kernels.predictor", "cost.kernels.trees", "cost.recordings.recording", "serving.encoder")

@@ -116,3 +116,19 @@ def test_lenders_of_the_page() -> None:
     })  # fmt: skip
     page = "\n".join(devices_left_out.section(rows))
     assert "| datasheet | all | 1 | 1 | 50.0 % |" in page and "| h200-sxm | h100-sxm |" in page
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_a_device_is_used_to_its_last_gpu(tp: int, pp: int, dp: int) -> None:
+    """GB10 comes in pairs and has no tier beyond: both in one group, as two stages, and as two ranks."""
+    run = tc.simulate(
+        "qwen3-30b-a3b", device="gb10", world_size=2, tp=tp, pp=pp, dp=dp, ep=dp, engine="vllm", batch=2, context=1024,
+    )  # fmt: skip
+    assert run.step_s > 0
+
+
+def test_no_more_gpus_than_a_device_has() -> None:
+    best = tc.compare("qwen3-30b-a3b", device="gb10", world_size=2, input_len=1000, output_len=100).best
+    assert best is not None and best["gpus"] <= 2
+    with pytest.raises(InputError, match="gb10's interconnect reaches 2"):
+        tc.simulate("qwen3-30b-a3b", device="gb10", world_size=4, tp=4, engine="vllm")

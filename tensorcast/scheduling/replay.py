@@ -125,8 +125,15 @@ def priced_servers(
     options: Options = Options(), **settings: Unpack[Settings],
 ) -> PricedServers:
     """Lay servers out and price their steps. ``longest``: tokens of the longest request; of those
-    longer than the model's positions, which servers refuse, none is priced."""
-    engine = engine.in_pools() if any(one.role != "both" for one in servers) else engine
+    longer than the model's positions, which servers refuse, none is priced. Raises :class:`InputError` for a rate of
+    handing over that no pool has."""
+    apart = any(one.role != "both" for one in servers)
+    if options.hand_over_gbs is not None and not apart:
+        raise InputError(
+            f"--hand-over-gbs {options.hand_over_gbs:g}: no cache is handed over where servers read and write; ask for "
+            "pools, as --layout 'tp2 > tp4'"
+        )
+    engine = engine.in_pools() if apart else engine
     undrafted = replace(options, mtp_depth=0)
     experts = whole_model(model, "decode", options.quant).facts.num_experts
     parts = []

@@ -127,3 +127,24 @@ def test_a_full_decode_pool_runs_as_many_as_the_closed_form_says() -> None:
     assert steady["mean_batch"] < 180
     for column in ("ttft_s", "tpot_s", "output_tokens_per_s", "mean_batch"):
         assert replayed[column] == pytest.approx(steady[column], rel=0.05), column
+
+
+@settings(max_examples=40)
+@given(
+    requests=asked(), pooled=st.booleans(), cache=CACHES, ranks=st.integers(1, 3), alone=st.booleans(),
+    wait=st.booleans(), weight=st.sampled_from([0.0, 2.0]),
+)  # fmt: skip
+def test_requests_times_do_not_hang_on_what_else_is_told(
+    *, requests: Requests, pooled: bool, cache: float, ranks: int, alone: bool, wait: bool, weight: float
+) -> None:
+    """A replay that keeps nothing but times, as ``predict`` asks for, has those of one that tells everything."""
+    pools = pools_of(
+        pooled, 2, cache_tokens=cache, ranks=ranks, alone=alone, ranks_wait=alone and wait, queue_weight=weight
+    )
+    whole, bare = Fleet(pools, requests), Fleet(pools, requests, tells=False)
+    told, times = whole.run(), bare.run()
+    for name in ("sent_s", "came_s", "admitted_s", "first_s", "last_s"):
+        np.testing.assert_array_equal(getattr(times, name), getattr(told, name))
+    assert whole.refused == bare.refused
+    assert not any(server.moments.rows for server in bare.servers)
+    assert not sum(times.gaps)

@@ -14,6 +14,7 @@ from tensorcast.profiles.engine import EngineProfile
 from tensorcast.scheduling.outcome import Outcome
 from tensorcast.scheduling.pools import Servers
 from tensorcast.scheduling.replay import PricedServers, priced_servers
+from tensorcast.scheduling.requests import Requests
 from tensorcast.serving.interval import served_interval, unserved
 from tensorcast.serving.traffic import steps_between_looks
 
@@ -44,12 +45,17 @@ Priced = dict[tuple[Any, ...], PricedServers | InputError]
 """Servers by what decides about their prices, or why there are none."""
 
 
-def outcome_of(
-    run: Run, priced: Priced | None = None, engine: Callable[[str], EngineProfile] = load_engine_once
-) -> tuple[PricedServers, Outcome]:
-    """What happens to every request of a ``run``, and its servers, which are put into ``priced``. Raises
-    :class:`InputError` where it cannot be served."""
-    priced = {} if priced is None else priced
+def outcome_of(run: Run) -> tuple[PricedServers, Outcome]:
+    """What happens to every request of a ``run``, and its servers. Raises :class:`InputError` where it cannot be
+    served."""
+    servers, requests = _asked(run, {}, load_engine_once)
+    return servers, servers.run(requests)
+
+
+def _asked(
+    run: Run, priced: Priced, engine: Callable[[str], EngineProfile]
+) -> tuple[PricedServers, Requests]:
+    """Servers of a ``run``, which are put into ``priced``, and what they are sent."""
     assert run.arrivals is not None
     scheduler = engine(run.served_by).scheduler
     size = BLOCK if scheduler is None else scheduler.block_tokens
@@ -69,15 +75,15 @@ def outcome_of(
     servers = priced[key]
     if isinstance(servers, InputError):
         raise servers
-    return servers, servers.run(requests)
+    return servers, requests
 
 
 def _replayed(run: Run, priced: Priced, engine: Callable[[str], EngineProfile]) -> Replayed:
     try:
-        servers, found = outcome_of(run, priced, engine)
+        servers, requests = _asked(run, priced, engine)
+        said = servers.means(requests)
     except InputError as error:
         return Replayed(problem=str(error))
-    said = found.summary()
     times = [pool.times.errors for pool in servers.pools]
     decode, prompts = (max(errors[phase] for errors in times) for phase in (0, 1))
     share, pools = said["ttft_mean_s"] / said["request_mean_s"], run.mode == "disaggregated"

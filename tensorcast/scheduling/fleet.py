@@ -66,12 +66,13 @@ class Fleet:
 
     def __init__(
         self, pools: Sequence[Pool], requests: Requests, *, router: str = "least_work", seed: int = 0,
-        changes: Sequence[Change] = (),
+        changes: Sequence[Change] = (), tells: bool = True,
     ) -> None:
+        """``tells``: what times go into, and what servers did, beside when requests had their tokens."""
         if router not in ROUTERS:
             raise InputError(f"router {router!r}: must be one of {', '.join(ROUTERS)}")
         self.requests, self.record, self.router, self.pools = requests, Record(requests), router, pools
-        self.changes = changes
+        self.changes, self._tells = changes, tells
         self.servers: list[Server] = []
         self.finished, self.now_s, self.stopped = 0, 0.0, False
         self.refused: list[int] = []
@@ -174,9 +175,10 @@ class Fleet:
             if self.finished < len(self.requests):  # else nobody is left who would notice
                 (self._add if change.count > 0 else self._lose)(change.pool, abs(change.count), now)
         else:
+            self._later.append(who)
             if kind == ARRIVAL:
-                self._next_arrival()
-            self._ask(who, now)
+                self._next_arrival(now)
+            self._send_waiting(now)
 
     def _coming(self) -> Iterator[tuple[float, int]]:
         """When whom enters of those who wait neither for a place nor for a reply; who is refused is over at once."""
@@ -203,17 +205,17 @@ class Fleet:
         heappush(self._events, (when, kind, self._order, who))
         return self._order
 
-    def _next_arrival(self) -> None:
-        after = self.requests.after
-        while after is not None and self._next < len(after) and after[self._next] >= 0:
+    def _next_arrival(self, now: float = -inf) -> None:
+        """Of those who wait for nobody's end who come ``now`` are here, and the one after them is seen to come."""
+        after, arrival_s = self.requests.after, self.requests.arrival_s
+        while (request := self._next) < len(arrival_s):
             self._next += 1
-        if self._next < len(self.requests):
-            self._at(float(self.requests.arrival_s[self._next]), ARRIVAL, self._next)
-            self._next += 1
-
-    def _ask(self, request: int, now: float) -> None:
-        self._later.append(request)
-        self._send_waiting(now)
+            if after is not None and after[request] >= 0:
+                continue
+            if (when := float(arrival_s[request])) != now:
+                self._at(when, ARRIVAL, request)
+                return
+            self._later.append(request)
 
     def _send_waiting(self, now: float) -> None:
         """Users send their next requests."""
@@ -297,9 +299,14 @@ class Fleet:
     def _start(self, server: Server, now: float, all_there: bool = False) -> None:
         """The server's next step begins, when all who come now are there."""
         events = self._events
-        if not all_there and (self._enters_s <= now or (events and events[0][0] <= now)):
-            self._at(now, START, server.number)
-        elif server.stretch is None and (stretch := server.start(now)) is not None:
+        if all_there:
+            server.is_due = False
+        elif self._enters_s <= now or (events and events[0][0] <= now):
+            if not server.is_due:
+                server.is_due = True
+                self._at(now, START, server.number)
+            return
+        if server.stretch is None and (stretch := server.start(now)) is not None:
             self._order = order = self._order + 1
             self._due[server.number] = order
             heappush(events, (stretch.end_s, STEP_END, order, server.number))
@@ -326,7 +333,7 @@ class Fleet:
         one = self.pools[pool]
         phase = self._phase(one)
         for _ in range(count):
-            server = Server(one.rules, one.times, self.record, len(self.servers), pool)
+            server = Server(one.rules, one.times, self.record, len(self.servers), pool, tells=self._tells)
             server.from_s = now
             self.servers.append(server)
             self._there[phase].append(server)

@@ -93,6 +93,13 @@ class Outcome:
         """Share of the requests that keep the limits."""
         return float(self.limits.kept(self.times).mean())
 
+    def means(self) -> dict[str, float]:
+        """Of the requests that were served: their mean times and their rates, by name with unit."""
+        done = np.isfinite(self.record.last_s)
+        found = {f"{name[:-2]}_mean_s": float(values[done].mean()) for name, values in self.times.items()}
+        found["output_tokens_per_s"] = float(self.record.requests.output_len[done].sum()) / self.seconds
+        return found | {"requests_per_s": self.served / self.seconds}
+
     def summary(self) -> dict[str, float]:
         """Means, percentiles and rates, by name with unit."""
         found: dict[str, float] = {
@@ -103,17 +110,18 @@ class Outcome:
             found["sent_per_s"] = self.record.requests.rate
         done = np.isfinite(self.record.last_s)
         if done.any():
+            means = self.means()
             for name, values in self.times.items():
                 kept = values[done]
-                found[f"{name[:-2]}_mean_s"] = float(kept.mean())
+                found[f"{name[:-2]}_mean_s"] = means[f"{name[:-2]}_mean_s"]
                 for p, value in zip(PERCENTILES, np.percentile(kept, PERCENTILES), strict=True):
                     found[f"{name[:-2]}_p{p:g}_s"] = float(value)
             for p in PERCENTILES:
                 found[f"itl_p{p:g}_s"] = self._gap(p)
             requests = self.record.requests
-            found["output_tokens_per_s"] = float(requests.output_len[done].sum()) / self.seconds
+            found["output_tokens_per_s"] = means["output_tokens_per_s"]
             found["input_tokens_per_s"] = float(requests.input_len[done].sum()) / self.seconds
-            found["requests_per_s"] = self.served / self.seconds
+            found["requests_per_s"] = means["requests_per_s"]
             found["output_tokens_per_s_per_gpu"] = found["output_tokens_per_s"] / self.gpus
             found["within_limits"] = self.within_limits
             found["goodput_requests_per_s"] = self.within_limits * len(requests) / self.seconds

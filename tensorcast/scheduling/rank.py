@@ -43,11 +43,13 @@ class Rank(Cache):
     @property
     def crowd(self) -> float:
         """Requests here as who chooses a rank counts them."""
-        rules = self.rules
-        if not rules.queue_weight or not self.waiting:
-            return self.load
+        rules, waiting = self.rules, len(self.waiting)
+        # who asks for room, or has it, is of a pool that writes
+        here = self.load if self._only_writes else waiting + len(self.reading) + len(self.decoding)
+        if not rules.queue_weight or not waiting:
+            return here
         beyond = max(0.0, self.used / self._holds - rules.queue_from_used) if rules.queue_from_used else 1.0
-        return self.load + rules.queue_weight * beyond * len(self.waiting)
+        return here + rules.queue_weight * beyond * waiting
 
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
         """The next step, of requests that arrived by ``seen_s``, until the one after it. ``hold_prompts``: no prompt is

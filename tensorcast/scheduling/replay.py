@@ -53,14 +53,7 @@ class PricedServers:
             fleet.run(watch)
             return self._outcome(fleet, limits)
 
-        found = once(self.pools)
-        if not found.served and found.refused == len(requests):
-            shortest = int((requests.input_len + requests.output_len).min())
-            most = min(pool.rules.most_tokens for pool in self.pools)
-            raise InputError(
-                f"requests: none can be served: the shortest has {shortest} tokens with its reply, {self.layout} takes "
-                f"{most:.0f} at most (the model's positions, or a rank's cache)"
-            )
+        found = self._checked(once(self.pools))
         if not draws or found.stopped:
             return found
         random = np.random.default_rng(seed)
@@ -73,6 +66,24 @@ class PricedServers:
                 return replace(found, draws=tuple(drawn), stopped=True)
             drawn.append(one.summary())
         return replace(found, draws=tuple(drawn))
+
+    def means(self, requests: Requests) -> dict[str, float]:
+        """What users meet in the mean (:meth:`Outcome.means`), in a replay that looks at nothing else."""
+        fleet = Fleet(self.pools, requests, tells=False)
+        fleet.run()
+        return self._checked(self._outcome(fleet, Limits())).means()
+
+    def _checked(self, found: Outcome) -> Outcome:
+        """Raises :class:`InputError` where no request is served, as all are too long."""
+        requests = found.record.requests
+        if not found.served and found.refused == len(requests):
+            shortest = int((requests.input_len + requests.output_len).min())
+            most = min(pool.rules.most_tokens for pool in self.pools)
+            raise InputError(
+                f"requests: none can be served: the shortest has {shortest} tokens with its reply, {self.layout} takes "
+                f"{most:.0f} at most (the model's positions, or a rank's cache)"
+            )
+        return found
 
     def _error(self, phase: int) -> float:
         """Relative median error of decode steps (0) or prefill steps (1), with what serving adds."""

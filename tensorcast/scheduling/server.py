@@ -25,12 +25,16 @@ _crowd = attrgetter("crowd")
 class Server:
     """One engine, the ``number``-th of a fleet, of its ``pool``-th pool; there ``from_s`` until it is lost."""
 
-    def __init__(self, rules: Rules, times: StepTimes, record: Record, number: int = 0, pool: int = 0) -> None:
+    def __init__(
+        self, rules: Rules, times: StepTimes, record: Record, number: int = 0, pool: int = 0, *, tells: bool = True
+    ) -> None:
+        """``tells``: what requests' times go into, gaps between tokens, and moments, beside these times."""
         self.rules, self.times, self.record, self.number, self.pool = rules, times, record, number, pool
         self.from_s, self.idle_from_s, self.lost_s = 0.0, 0.0, math.inf
         self.ranks = [Rank(rules, record) for _ in range(rules.ranks)]
         self.batches = [rank.next for rank in self.ranks]
         self.stretch: Stretch | None = None
+        self.is_due = False  # to compose its next step when all are there who come now
         self.load = 0  # requests here
         self.asking = 0  # of those, who wait for room before their prompts are read elsewhere
         self.moments = Moments()
@@ -40,7 +44,8 @@ class Server:
         self._looked_s: float | None = None  # until when requests were seen, where not each step looks for them
         self._unlooked = 0  # decode steps since then
         self._delayed_s = 0.0  # that prompts have taken from sequences that decode meanwhile so far
-        self._until_kept = 1  # stretches until the next moment that is kept
+        self._tells = tells
+        self._until_kept = int(tells)  # stretches until the next moment that is kept; 0: none is
         self._held = 0  # steps in which no prompts were let in, as some rank had none
         self._gathered = 0  # steps that prompts have waited, where every rank has one
         self._next = 0
@@ -172,11 +177,12 @@ class Server:
         seconds, steps = stretch.end_s - stretch.start_s, stretch.steps
         self.busy_s += seconds
         self.steps += steps
-        if self._waits and not self._alone:  # the first of them was counted when it was composed
+        tells, alone = self._tells, self._alone
+        if self._waits and not alone:  # the first of them was counted when it was composed
             self._held = (self._held + steps - 1) % rules.waits.balance_steps
         ended: list[int] = []
-        decoded, several, wait = 0, not self._alone, stretch.mixed and rules.ranks_wait
-        if stretch.mixed:
+        decoded, several, wait = 0, tells and not alone, stretch.mixed and rules.ranks_wait
+        if tells and stretch.mixed:
             self._delay(seconds, wait)
         for rank in self.ranks:
             batch, before = rank.next, len(ended)
@@ -189,11 +195,12 @@ class Server:
                 rank.read(batch, stretch.end_s, ended)
             if several and len(ended) > before:
                 self._left(ended[before:], rank.still.while_others_s)
-        if decoded:
+        if tells and decoded:
             each = steps * rules.tokens_per_step
             self.record.gaps[bisect_left(GAPS, seconds / each)] += decoded * each
         if ended:
-            self._left(ended, self._delayed_s)
+            if tells:
+                self._left(ended, self._delayed_s)
             self.load -= len(ended)
         if rules.look_steps > 1:
             self._look(stretch)

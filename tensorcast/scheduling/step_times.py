@@ -27,6 +27,10 @@ LEAST_CONTEXT = 32.0
 """Cached tokens from which on tables have points, four in an octave; below, lines from 0."""
 
 
+MOST_CHUNKS = 4096
+"""Prompts by new and cached tokens whose attention is kept."""
+
+
 @dataclass(frozen=True)
 class Bilinear:
     """Values at points of two axes, linear between them, on their last lines beyond the ends of ``across``.
@@ -162,17 +166,34 @@ class StepTimes:
             return self.decode.own.at(context, sequences) if tokens and self.decode is not None else 0.0
         times = self.prompts
         assert times is not None
-        attention, least = times.attention, times.least
+        known, least = self._attended, times.least
         seconds = least
         if tokens and self.decode is not None:
             seconds += self.decode.attention.at(context, sequences)
-        for new, past in prompts:  # the first line is of prompts of which nothing is cached
-            seconds += (attention.at(past, new) if past else attention.first(new)) - least
-            tokens += new
+        for chunk in prompts:
+            if (attended := known.get(chunk)) is None:
+                attended = self._attend(chunk)
+            seconds += attended
+            tokens += chunk[0]
         whole = times.own.first(tokens)
         if times.ends is not None:
             whole += times.ends.of(tokens, self.seen_at_ends(prompts, decoding))[0]
         return seconds + whole * (1.0 - times.beside * decoding / tokens)
+
+    def _attend(self, chunk: tuple[int, int]) -> float:
+        """Seconds of attention that a prompt of (new, cached) tokens adds to a step; as loads repeat their lengths, kept
+        for the next one."""
+        assert self.prompts is not None
+        (new, past), attention, known = chunk, self.prompts.attention, self._attended
+        if len(known) >= MOST_CHUNKS:
+            known.clear()
+        # the first line is of prompts of which nothing is cached
+        known[chunk] = (attention.at(past, new) if past else attention.first(new)) - self.prompts.least
+        return known[chunk]
+
+    @cached_property
+    def _attended(self) -> dict[tuple[int, int], float]:
+        return {}
 
     def shared(self, tokens: float, decoding: float = 0.0, ends: float = 0.0) -> float:
         """Seconds that experts and their exchange take in a step with prompts, ``tokens`` per rank on average, of which

@@ -195,13 +195,9 @@ class Server:
                 rank.read(batch, stretch.end_s, ended)
             if several and len(ended) > before:
                 self._left(ended[before:], rank.still.while_others_s)
-        if tells and decoded:
-            each = steps * rules.tokens_per_step
-            self.record.gaps[bisect_left(GAPS, seconds / each)] += decoded * each
-        if ended:
-            if tells:
-                self._left(ended, self._delayed_s)
-            self.load -= len(ended)
+        if tells:
+            self._tell(seconds, steps * rules.tokens_per_step, decoded, ended)
+        self.load -= len(ended)
         if rules.look_steps > 1:
             self._look(stretch)
         begun, lag = self._begun, rules.lag
@@ -211,6 +207,13 @@ class Server:
             begun.extend(stretch.after(step) for step in range(max(0, steps - lag), steps))
         self.stretch = None
         return ended
+
+    def _tell(self, seconds: float, each: float, decoded: int, ended: list[int]) -> None:
+        """Of so many sequences that ``decoded`` for so many seconds, ``each`` so many tokens."""
+        if decoded:
+            self.record.gaps[bisect_left(GAPS, seconds / each)] += decoded * each
+        if ended:
+            self._left(ended, self._delayed_s)
 
     def _left(self, ended: list[int], others_s: float) -> None:
         """Who is done: until then prompts have taken so many seconds, of which those before its own are gone."""

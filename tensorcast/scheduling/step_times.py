@@ -181,8 +181,7 @@ class StepTimes:
         return seconds + whole * (1.0 - times.beside * decoding / tokens)
 
     def _attend(self, chunk: tuple[int, int]) -> float:
-        """Seconds of attention that a prompt of (new, cached) tokens adds to a step; as loads repeat their lengths, kept
-        for the next one."""
+        """Seconds of attention that a prompt of (new, cached) tokens adds to a step. Kept: loads repeat lengths."""
         assert self.prompts is not None
         (new, past), attention, known = chunk, self.prompts.attention, self._attended
         if len(known) >= MOST_CHUNKS:

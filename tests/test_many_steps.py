@@ -190,3 +190,15 @@ def counting(passes: Counter[str], name: str, function: Callable[..., Any]) -> C
         return function(*args, **named)
 
     return counted
+
+
+def test_plans_on_several_devices_share_the_kernels_that_sum_a_norms_squares() -> None:
+    """MiniMax-M2's norms of q and k are over a width that tensor parallelism cuts."""
+    model, engine = load_model("minimax-m2.5"), load_engine("vllm")
+    plans = [
+        deploy(model, load_device(device), engine, Layout(gpus, 4, gpus // 4, gpus), "decode").step.plan
+        for device, gpus in (("h100", 8), ("h200", 8), ("h200", 16))
+    ]
+    labels = [getattr(row, "attrs", {}).get("label") for row in plans[0].rows]
+    assert "sum_of_squares" in labels
+    assert len({id(plan.frame) for plan in plans}) == 1

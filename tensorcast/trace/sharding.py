@@ -7,7 +7,7 @@ from itertools import groupby
 
 from tensorcast.errors import InputError
 from tensorcast.trace.dims import Dim, product
-from tensorcast.trace.table import Op, OpTable, Tensor
+from tensorcast.trace.table import Op, OpTable, Tensor, per_op
 
 MATMULS = frozenset({"mm", "addmm", "bmm", "mla_absorb", "mla_expand"})
 REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "norm", "linalg_vector_norm"})
@@ -109,7 +109,9 @@ def _pairs(op: Op) -> bool:
     return op.name not in COPIES or op.stage == "experts"
 
 
+@per_op
 def sums_of(norm: Op) -> Op:
-    """The kernel that sums the squares of a norm's inputs before it runs: other ranks hold the rest of its width."""
+    """The kernel that sums the squares of a norm's inputs before it runs: other ranks hold the rest of its width. One
+    object for all that ask, so that plans share it."""
     sums = tuple(replace(t, dims=(*t.dims[:-1], Dim()), dtype="float32") for t in norm.outputs)
     return norm.but(outputs=sums, attrs={**norm.attrs, "label": "sum_of_squares"}, shard="", parts=("pow", "sum"))

@@ -67,7 +67,10 @@ def from_json(data: dict[str, Any]) -> list[OpTable]:
         for own, dtype, storage, weight, expanded, offset in data["tensors"]
     ]
     params = tuple([
-        Param(name, module, kind, numel, full_numel, dtype, role, tuple(shape), tuple(stored))
+        Param(
+            intern(name), intern(module), kind, numel, full_numel, intern(dtype), intern(role), tuple(shape),
+            tuple(map(intern, stored)),
+        )
         for name, module, kind, numel, full_numel, dtype, role, shape, stored in data["params"]
     ])
     facts = ModelFacts.stored(data["facts"])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tensorcast.cost.formulas import Context
 from tensorcast.cost.kernels.corrections import BatchedCorrections, SeveralCorrections
 from tensorcast.cost.row_seconds import RowSeconds
-from tensorcast.cost.work import Array, Size
+from tensorcast.cost.work import Size
 from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.alike import Content, content_of, joined_op, numbered
 from tensorcast.deploy.step.many_sums import Numbers, Places, StepCases, StepPrices
@@ -34,6 +34,9 @@ from tensorcast.trace.table import Op
 PLAIN, ROUTED = ("B", "S", "P", "verify"), ("R", "E", "X", "hit", "capacity")
 """Sizes of a case: of every row, and of those that hang on how tokens fall on experts."""
 
+
+MOSTLY_ONE = ("verify", "X")
+"""Of these, sizes that are 1 where no step drafts, and no layout cuts experts: one number then, and no column."""
 
 MOST = 1 << 20
 """Prices of rows at cases, from which on steps are priced before others ask: some hundred megabytes with what they are
@@ -211,7 +214,10 @@ class Many:
         for start, shape, sizes in self._sizes:
             for column, size in zip(columns, sizes, strict=True):
                 column[start : start + math.prod(shape)].reshape(shape)[...] = size
-        cases, numbers = dict(zip((*PLAIN, *ROUTED), columns, strict=True)), Numbers(self._steps)
+        cases, numbers = dict[str, Any](zip((*PLAIN, *ROUTED), columns, strict=True)), Numbers(self._steps)
+        for name in MOSTLY_ONE:
+            if self._case and (cases[name] == 1.0).all():
+                cases[name] = 1.0
         later = list[_Waiting]()
         for alike in (*self._ops_alike(), *self._collectives_alike()):
             one, asks = self._asked(alike, cases, numbers)
@@ -250,7 +256,7 @@ class Many:
             steps, cases, places, scales = map(np.array, zip(*every, strict=True))
             yield _Alike(at, pricer, row, steps, cases, places, scales)
 
-    def _asked(self, alike: _Alike, cases: Mapping[str, Array], numbers: Numbers) -> tuple[_Waiting, bool]:
+    def _asked(self, alike: _Alike, cases: Mapping[str, Any], numbers: Numbers) -> tuple[_Waiting, bool]:
         """All rows as one, at all their cases; and whether they asked for corrections."""
         widths = numbers.widths[alike.steps]
         starts = np.cumsum(widths) - widths
@@ -279,7 +285,7 @@ class Many:
             float(c[0]) if one else spread(c[which_content]) for c, one in zip(table.T, same, strict=True)
         ]
         op, names = joined_op(first, columns), (*PLAIN, *ROUTED) if first.routed else PLAIN
-        own: dict[str, Any] = {name: cases[name][which] for name in names}
+        own = {name: value[which] if np.ndim(value) else value for name, value in cases.items() if name in names}
         sizes = Sizes(**{name: own.pop(name) for name in ("B", "S", "P", "R", "E", "X") if name in own})
         at = replace(alike.at, sizes=sizes, stages=1, **own)
         machine = np.array(self._machines)[alike.steps]

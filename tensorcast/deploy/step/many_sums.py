@@ -82,6 +82,8 @@ class StepPrices:
 
 def column(values: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> Array:
     """Values of these shapes, or that broadcast to them, one after another."""
+    if not any(map(np.ndim, values)):
+        return np.repeat(np.array(values), [math.prod(shape) for shape in shapes])
     every = zip(values, shapes, strict=True)
     return np.concatenate([
         np.ravel(v) if np.shape(v) == shape else np.full(math.prod(shape), v) if np.ndim(v) == 0

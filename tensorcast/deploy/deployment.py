@@ -249,7 +249,7 @@ class Deployment:
             local = float(self.raw.facts.num_experts + exchange.copies)
         padding = mxfp4_padding(self.device.architecture) if self.engine.pads_hidden else (1, 1)
         several = isinstance(layout.pp, np.ndarray)
-        pps = tuple(np.unique(layout.pp).astype(int).tolist()) if several else (int(layout.pp),)
+        pps = tuple(sorted({*np.ravel(layout.pp).astype(int).tolist()}))
         every, pipelines, ends, counts = stages_alike(
             table.layer_kinds, len(self.raw.layer_kinds), pps, self.engine.pipeline_split
         )

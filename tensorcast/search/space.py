@@ -85,7 +85,7 @@ def _told_apart(every: list[Variant], task: SearchTask, form: Callable[..., Bloc
         key = v.prefill.all2all, v.decode.all2all, v.decode.external_shared_experts
         if key not in other and not v.decode.shared_expert_tp:
             other[key] = any(
-                form(o, v.layout, kind) != form(replace(o, shared_expert_tp=True), v.layout, kind)
+                form(o, v.layout, kind) != form(_with(o, (("shared_expert_tp", True),)), v.layout, kind)
                 for o, phase in ((v.prefill, "prefill"), (v.decode, "decode"))
                 for kind in (choose_all2all(
                     o.all2all, v.layout, task.engine, phase, split=o.split_tokens_over_tp
@@ -265,13 +265,20 @@ def _combined(
 @lru_cache(maxsize=4096)
 def _both_phases(base: Options, exchange: str, chosen: tuple[tuple[str, Any], ...]) -> tuple[Options, Options]:
     """Options of prefill and decode; many layouts share them."""
-    kinds, values = EXCHANGES[exchange], dict(chosen)
-    decode, prefill = (replace(base, **values, all2all=kind) for kind in (kinds["decode"], kinds["prefill"]))
-    if decode.combine == "logfmt10":  # ten-bit logarithms are low latency's alone
-        decode, prefill = (
-            one if one.all2all == "low_latency" else replace(one, combine=None) for one in (decode, prefill)
-        )
-    return _once(replace(prefill, mtp_depth=0)), _once(replace(decode, pcp=1) if decode.pcp > 1 else decode)
+    found = list[Options]()
+    # prompts are read without drafts, replies written by ranks that hold a context each
+    for phase, own in (("prefill", {"mtp_depth": 0}), ("decode", {"pcp": 1})):
+        values: dict[str, Any] = {**dict(chosen), **own, "all2all": EXCHANGES[exchange][phase]}
+        if values["combine"] == "logfmt10" and values["all2all"] != "low_latency":  # ten-bit logarithms are its alone
+            values["combine"] = None
+        found.append(_with(base, tuple(values.items())))
+    return found[0], found[1]
+
+
+@lru_cache(maxsize=4096)
+def _with(base: Options, values: tuple[tuple[str, Any], ...]) -> Options:
+    """``base`` with other values; one object for all that are equal."""
+    return _once(replace(base, **dict(values)))
 
 
 @lru_cache(maxsize=4096)

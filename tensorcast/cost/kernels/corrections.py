@@ -153,9 +153,8 @@ class Corrections:
             found = self.predictor.price(*name, columns)
             error = np.log(found.high / found.low) / 2.0 / NORMAL_80  # a median, that the interval stands for
             more = np.stack([codes, found.factor, error, found.level])
-            known = self._answers[(*name, *sizes)] = np.insert(known, known[0].searchsorted(codes), more, axis=1)
-            self.more = True
-            place += codes.searchsorted(asked)
+            known, place = _merged(known, more), place + codes.searchsorted(asked)
+            self._answers[(*name, *sizes)], self.more = known, True
         factor, error, level = known[1:, place.reshape(shape)]
         return Correction(factor[()], error[()], level.astype(int)[()], *belongs)
 
@@ -180,6 +179,16 @@ class Corrections:
         now = formula_of(family, dtype, kernel.variant, sizes, device, engine=kernel.engine).seconds[0]
         then = float(kernel.report["probe_formula_s"])
         return (kernel.engine, kernel.variant) if abs(now - then) <= SAME * then else None
+
+
+def _merged(known: Array, more: Array) -> Array:
+    """Answers ``[4, codes]`` in the order of their codes, of which none is in both."""
+    found = np.empty((len(known), known.shape[1] + more.shape[1]))
+    at = known[0].searchsorted(more[0]) + np.arange(more.shape[1])
+    rest = np.ones(found.shape[1], dtype=bool)
+    rest[at] = False
+    found[:, at], found[:, rest] = more, known
+    return found
 
 
 @dataclass(eq=False)

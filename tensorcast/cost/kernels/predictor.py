@@ -100,7 +100,7 @@ class Predictor:
             timed = {0.0, *(line[-1] for line in kernel.sources)}
             if UNPACKS in timed and not kernel.timed(UNPACKS, columns):
                 timed -= {UNPACKS}
-            others = [code for code in np.unique(columns["source"]).tolist() if code not in timed]
+            others = sorted({*columns["source"].tolist()} - timed)
             asked = family, dtype, self.engine, variant
             lent = [(code, ran) for code in others if (ran := self.model.timed_with(code, asked, columns)) is not None]
             if lent:

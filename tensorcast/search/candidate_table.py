@@ -95,12 +95,15 @@ class Candidates(Entries):
         found = self.columns | found
         return {name: found[name] for name in dict.fromkeys((*COLUMNS, *found))}
 
-    def first_of(self, names: Sequence[str]) -> Rows:
-        """Where every combination of the values of some columns first stands."""
+    def first_of(self, names: Sequence[str], order: Rows | None = None) -> Rows:
+        """Where every combination of the values of some columns first stands, candidates in this ``order`` (default: as
+        they stand)."""
+        columns = [self.columns[name] for name in names]
         first: dict[tuple[object, ...], int] = {}
-        for i, key in enumerate(zip(*(self.columns[name].tolist() for name in names), strict=True)):
+        for i, key in enumerate(zip(*((c if order is None else c[order]).tolist() for c in columns), strict=True)):
             first.setdefault(key, i)
-        return np.array(list(first.values()), dtype=int)
+        found = np.array(list(first.values()), dtype=int)
+        return found if order is None else order[found]
 
     def records(self) -> list[dict[str, Any]]:
         """Rows as plain values by column."""

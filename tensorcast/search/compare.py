@@ -124,8 +124,7 @@ class Comparison:
     def best_of_each(self) -> Candidates:
         """The best candidate of every mode and layout, best first; those within the limits come before the others."""
         keys = ["device", "engine", "mode", "layout", "prefill_layout", *(["gpus"] if self.objective != "gpus" else [])]
-        ranked = self.kept.where(OBJECTIVES[self.objective].order(self.kept.columns))
-        return ranked.where(ranked.first_of(keys))
+        return self.kept.where(self.kept.first_of(keys, OBJECTIVES[self.objective].order(self.kept.columns)))
 
     @cached_property
     def ties(self) -> list[str]:

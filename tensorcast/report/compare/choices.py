@@ -62,7 +62,7 @@ class Choice:
 class View:
     """A comparison as a report reads it: its candidates ranked, the best candidate of each layout, their deployments.
 
-    ``kept``: its candidates with this price; ``ranked``: those, best first. ``limits``: in seconds, by column.
+    ``kept``: its candidates with this price; ``order``: where the best stand, best first. ``limits``: in seconds, by column.
     ``cached_tokens``: in a sequence's cache halfway through its answer.
     """
 
@@ -80,7 +80,7 @@ class View:
                 own["lower_bound"] = cost / self.kept["cost_per_million_tokens"] * self.kept["lower_bound"]
             self.kept = replace(self.kept, columns=self.kept.columns | own)
             self.best, self.runner_up = self.record(self.best), self.record(self.runner_up)
-        self.ranked = self.kept.where(self.objective.order(self.kept.columns))
+        self.order = self.objective.order(self.kept.columns)
         self.price = price
         self.limits = dict(zip(LIMITS, comparison.targets, strict=True))
         self.cached_tokens = comparison.input_len + comparison.output_len // 2
@@ -98,13 +98,19 @@ class View:
         return next(iter(self.kept.where(self.kept["candidate"] == row["candidate"]).records()), dict(row))
 
     @cached_property
+    def ranked(self) -> Candidates:
+        """All candidates, best first."""
+        return self.kept.where(self.order)
+
+    @cached_property
     def per_layout(self) -> Candidates:
         """The best candidate of each layout, best first; the comparison's own best and runner-up stand for theirs."""
-        ranked = self.ranked
+        order = self.order
         for row in (self.runner_up, self.best):
             if row is not None:
-                ranked = ranked.where(np.argsort(ranked["candidate"] != row["candidate"], kind="stable"))
-        return ranked.where(ranked.first_of(self.layout_columns))
+                others = self.kept["candidate"][order] != row["candidate"]
+                order = order[np.argsort(others, kind="stable")]
+        return self.kept.where(self.kept.first_of(self.layout_columns, order))
 
     def name(self, row: Any) -> str:
         """What tells a candidate's layout from all others here: ``tp8-dp4-ep32``, ``2 x tp4-dp1 on h200-sxm``."""

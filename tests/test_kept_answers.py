@@ -64,6 +64,20 @@ def test_the_next_process_asks_no_model(device: DeviceProfile, monkeypatch: pyte
     assert not asked
 
 
+@pytest.mark.parametrize("asked", [
+    ([5, 3, 9], [4, 9, 1, 3, 12]), ([7], [7]), ([8, 8, 2], [1, 2, 3], [20]), ([3], [1, 2]),
+])  # fmt: skip
+def test_answers_are_the_same_in_whatever_order(device: DeviceProfile, asked: Any) -> None:
+    known = corrections_for(device, "vllm")
+    found = [known.at("gemm", "bf16", "", {**SIZES, "m": 100.0 * np.array(some)}) for some in asked]
+    for some, several in zip(asked, found, strict=True):
+        for i, number in enumerate(some):
+            alone = corrections.Corrections(device, "vllm").at("gemm", "bf16", "", {**SIZES, "m": 100.0 * number})
+            assert alone is not None and several is not None
+            assert np.asarray(several.factor)[i] == pytest.approx(alone.factor)
+            assert np.asarray(several.level)[i] == alone.level
+
+
 @pytest.mark.parametrize("damage", [
     lambda whole: whole[:-8], lambda whole: whole[:-3], lambda whole: b"", lambda whole: b"{}\n",
     lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], lambda whole: b"[1]" + whole,

@@ -17,6 +17,7 @@ from tensorcast.deploy.options import Options, broken_option
 from tensorcast.deploy.plan.plan import choose_all2all
 from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.store import load_device, load_engine, load_model
+from tensorcast.search import space as search_space
 from tensorcast.search.axes import FULL, Axes
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, copies, divisors, family, layouts, space, variants
@@ -129,6 +130,22 @@ def test_options_that_change_nothing_do_not_multiply() -> None:
     assert counted(Layout(16, 2, 8, 16), facts)["low_latency"] == 6 * 2 * 2 * 3
     dense = facts_of("llama-3.1-8b")
     assert counted(Layout(8, 1, 8, 1), dense) == {"auto": 2}
+
+
+def test_options_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts' options for all depths of drafts and for every layout that tries them are one object, made once."""
+    made, facts = list[Options](), facts_of("deepseek-v3")
+
+    def counted_replace(base: Options, **changes: Any) -> Options:
+        made.append(replace(base, **changes))
+        return made[-1]
+
+    monkeypatch.setattr(search_space, "replace", counted_replace)
+    for function in (search_space._combined, search_space._both_phases, search_space._with, search_space._once):
+        function.cache_clear()
+    found = [v for layout in (Layout(16, 2, 8, 16), Layout(32, 4, 8, 32)) for v in variants(layout, facts, FULL)]
+    every = [options for v in found for options in (v.prefill, v.decode)]
+    assert len({id(options) for options in every}) == len({*every}) == len(made) < len(every)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

@@ -6,8 +6,8 @@ that there is one: the level of tuned kernels is learnt.
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tensorcast.cost.work import Array
 from tensorcast.errors import InputError
 from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.kernels import TritonTiles
-from tensorcast.profiles.store import load_engine, profile_roots
+from tensorcast.profiles.store import USER_DIRECTORY, load_engine
 
 TRITON = float(SOURCES.index("triton") + 1)
 """The library whose kernels have these tiles."""
@@ -31,7 +31,7 @@ WIDTH = float(1 << 24)
 
 
 @lru_cache(maxsize=16)
-def _tiles_of(engine: str, _roots: tuple[Path, ...]) -> TritonTiles | None:
+def _tiles_of(engine: str, _user: str | None) -> TritonTiles | None:
     try:
         profile = load_engine(engine)
     except InputError:  # devices are priced under names that are no engine's, too
@@ -47,7 +47,7 @@ def triton_tiles(c: Columns, features: Columns, dtype: str, device: DeviceProfil
     (log2 of its sides), the share of its rows that are used and log2 of the tiles per processor, where they are not;
     log2 of the tokens per expert that a rank holds. ``features``: of the same calls, with the busiest rank's load.
     """
-    known = _tiles_of(engine, tuple(profile_roots()))
+    known = _tiles_of(engine, os.environ.get(USER_DIRECTORY))
     if known is None:
         return {}
     size, default = len(c["tokens"]), known.default.get(dtype)

@@ -364,7 +364,10 @@ def sums_of_steps(
     varied = np.flatnonzero(which)
     shared, own_sums = np.empty((ends[-1], len(recipes), width)), np.empty((len(varied), sum(members) * width))
     table = _columns([prices[i] for i in np.flatnonzero(alike).tolist()], (width,))
-    mixed, end = dict[int, Array](), 0
+    # seconds by level, where a row's are of more than one
+    mixed = {i: np.equal.outer(np.arange(number), prices[i].level) * prices[i].seconds
+             for i in np.flatnonzero(level_of < 0).tolist()}
+    end = 0
     for step, (recipe, place, count) in enumerate(zip(recipes, places, members, strict=True)):
         of_members, same = slice(end, end := end + count * width), alike[place]
         own = np.flatnonzero(~same)
@@ -374,17 +377,16 @@ def sums_of_steps(
             shared[start:stop, step] = part[:, same] @ values
             here = slice(*np.searchsorted(varied, (start, stop)))
             np.matmul(part[varied[here] - start][:, own], own_values, out=own_sums[here, of_members])
-        for i in np.flatnonzero(level_of[place] < 0).tolist():  # of more than one level
-            one = int(place[i])
-            if one not in mixed:
-                mixed[one] = np.equal.outer(np.arange(number), prices[one].level) * prices[one].seconds
-            for k in np.flatnonzero(recipe.weights[2][:, i]):
-                often = recipe.weights[2][k, i]
-                if same[i]:
-                    shared[by_level[k], step] += often * mixed[one]
-                else:
-                    each = np.broadcast_to(mixed[one], (number, count, width)).reshape(number, -1)
-                    own_sums[np.searchsorted(varied, by_level[k]), of_members] += often * each
+        calls, several = recipe.weights[2], level_of[place] < 0
+        for some, shape in ((several & same, (number, width)), (several & ~same, (number, count, width))):
+            if not some.any():
+                continue
+            runs, each = calls[:, some].any(axis=1), [np.broadcast_to(mixed[i], shape) for i in place[some].tolist()]
+            found = np.tensordot(calls[runs][:, some], np.stack(each).reshape(len(each), number, -1), 1)
+            if len(shape) == 2:
+                shared[by_level[runs], step] += found
+            else:
+                own_sums[np.searchsorted(varied, by_level[runs]), of_members] += found
     return SumsOfSteps(first, kinds, members, shared, own_sums.reshape(len(varied), sum(members), width), varied)
 
 

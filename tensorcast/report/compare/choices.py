@@ -62,8 +62,8 @@ class Choice:
 class View:
     """A comparison as a report reads it: its candidates ranked, the best candidate of each layout, their deployments.
 
-    ``kept``: its candidates with this price; ``order``: where the best stand, best first. ``limits``: in seconds, by column.
-    ``cached_tokens``: in a sequence's cache halfway through its answer.
+    ``kept``: its candidates with this price; ``order``: where they stand, best first. ``limits``: in seconds, by
+    column. ``cached_tokens``: in a sequence's cache halfway through its answer.
     """
 
     def __init__(self, comparison: Comparison, price: float | None = None) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import product
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from tensorcast.deploy.engine_limits import Kernels, engine_can_run
 from tensorcast.deploy.exchange_kernels import EXCHANGE_KERNELS
@@ -25,6 +27,7 @@ from tensorcast.profiles.facts import ModelFacts
 from tensorcast.profiles.memory import is_latent
 from tensorcast.search.axes import EXCHANGES, Axes
 from tensorcast.search.search_task import SearchTask
+from tensorcast.serving.traffic import Rows
 from tensorcast.trace.cache import NoTracer, traced, whole_model
 from tensorcast.trace.moe import BlockForm
 
@@ -141,6 +144,52 @@ class Variant:
     layout: Layout
     prefill: Options
     decode: Options
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the members of a fleet share, in both phases."""
+
+    tp: int
+    graph_tokens: int
+    exchange: tuple[str, str]
+    blocks: tuple[BlockForm, BlockForm]
+    common: tuple[Options, Options]
+
+
+class Setting(NamedTuple):
+    """What fleets take as further batches: it changes few rows, or the tokens of a step."""
+
+    kv_dtype: str
+    mtp_depth: int
+    dual_batch_overlap: bool
+    pp: int
+
+
+Member = tuple[Layout, Options, Options]
+"""A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
+options."""
+
+
+class Group(dict[Member, dict[Setting, int]]):
+    """Variants of one structure, by position."""
+
+    @cached_property
+    def of_caches(self) -> list[tuple[str, int, Rows, Rows, Rows, Rows]]:
+        """By dtype of the cache and drafted tokens, whose memory hangs on them: members and stages of each deployment,
+        which of these each variant is, and the variants' positions. Overlap changes no memory."""
+        alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        for i, positions in enumerate(self.values()):
+            for setting, at in positions.items():
+                alike.setdefault((setting.kv_dtype, setting.mtp_depth), []).append((i, setting.pp, at))
+        found = []
+        for (kv, depth), each in alike.items():
+            member, stages, position = np.array(each).T
+            most = stages.max() + 1
+            deployed, where = np.unique(member * most + stages, return_inverse=True)
+            member, stages = np.divmod(deployed, most)
+            found.append((kv, depth, member, stages, where, position))
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from tensorcast.profiles.memory import unasked_cache
 from tensorcast.search.axes import LARGEST_BATCH
 from tensorcast.search.candidate_arrays import Points, among
 from tensorcast.search.search_task import Scenario
-from tensorcast.search.space import Variant
+from tensorcast.search.space import Group, Setting, Structure, Variant
 from tensorcast.search.workspace import MOST_FLEETS, MOST_SPACES, Parts
 from tensorcast.serving.capacity import (
     decode_budget,
@@ -44,30 +44,9 @@ from tensorcast.serving.curves import decode_columns
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
-from tensorcast.trace.moe import BlockForm
 
 GRID = COARSE[(COARSE >= 1) & (COARSE <= LARGEST_BATCH)]
 """Batches of decode steps that every variant is priced at."""
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """What the members of a fleet share, in both phases."""
-
-    tp: int
-    graph_tokens: int
-    exchange: tuple[str, str]
-    blocks: tuple[BlockForm, BlockForm]
-    common: tuple[Options, Options]
-
-
-class _Setting(NamedTuple):
-    """What fleets take as further batches: it changes few rows, or the tokens of a step."""
-
-    kv_dtype: str
-    mtp_depth: int
-    dual_batch_overlap: bool
-    pp: int
 
 
 def _shortened(values: Array) -> Array:
@@ -76,10 +55,6 @@ def _shortened(values: Array) -> Array:
     large = 4097.0 * values
     return large - (large - values)
 
-
-_Member = tuple[Layout, Options, Options]
-"""A layout, of those that differ in pp the one with most stages, and what is not a setting of prefill's and decode's
-options."""
 
 PHASES = ("prefill", "decode")
 
@@ -91,25 +66,6 @@ OF_VARIANTS = (
 
 TOGETHER = 400_000
 """Steps of members at settings and batches that are priced together, about: more take more memory at once."""
-
-
-class _Group(dict[_Member, dict[_Setting, int]]):
-    """Variants of one structure, by position."""
-
-    @cached_property
-    def of_caches(self) -> list[tuple[str, int, Rows, Rows, Rows, Rows]]:
-        """By dtype of the cache and drafted tokens, whose memory hangs on them: members and stages of each deployment,
-        which of these each variant is, and the variants' positions. Overlap changes no memory."""
-        alike: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
-        for i, positions in enumerate(self.values()):
-            for setting, at in positions.items():
-                alike.setdefault((setting.kv_dtype, setting.mtp_depth), []).append((i, setting.pp, at))
-        found = []
-        for (kv, depth), each in alike.items():
-            member, stages, position = np.array(each).T
-            (member, stages), where = np.unique([member, stages], axis=1, return_inverse=True)
-            found.append((kv, depth, member, stages, where, position))
-        return found
 
 
 class VariantPrices:
@@ -187,16 +143,18 @@ class VariantPrices:
         # tokens of the largest captured prefill step of each
         largest = cache(partial(scenario.engine.prefill_graph_tokens, scenario.device, config=scenario.model.config))
         experts, engine = self._whole.facts.num_experts, scenario.engine
-        self._captured = []
+        self._captured, captured = list[int](), dict[tuple[int, int], int]()  # by identity: many variants, few options
         for v in variants:
-            kind = choose_all2all(v.prefill.all2all, v.layout, engine, "prefill")
-            served = served_with(v.prefill, kind)
-            self._captured.append(largest(attention_dp(v.layout, experts), v.layout.pp, served=served))
+            if (key := (id(v.prefill), id(v.layout))) not in captured:
+                kind = choose_all2all(v.prefill.all2all, v.layout, engine, "prefill")
+                served = served_with(v.prefill, kind)
+                captured[key] = largest(attention_dp(v.layout, experts), v.layout.pp, served=served)
+            self._captured.append(captured[key])
         rules, config = scenario.engine.cache_dtypes, scenario.model.config
         self.own_kv_dtype = unasked_cache(rules, config, scenario.device.architecture, self._whole.stored.kv)
         own = self.own_kv_dtype
         self._setting_of = [
-            _Setting(v.decode.kv_dtype or own, v.decode.mtp_depth, v.decode.dual_batch_overlap, v.layout.pp)
+            Setting(v.decode.kv_dtype or own, v.decode.mtp_depth, v.decode.dual_batch_overlap, v.layout.pp)
             for v in variants
         ]
         # all groups are priced at all settings, so that rows that they have in common are priced once
@@ -262,7 +220,7 @@ class VariantPrices:
             found._price(list(found._groups().values()), more, ("decode",))
         return found
 
-    def _price(self, groups: Sequence[_Group], grid: Array, phases: Sequence[str] = PHASES) -> None:
+    def _price(self, groups: Sequence[Group], grid: Array, phases: Sequence[str] = PHASES) -> None:
         """Costs of prompts and curves at ``grid``, of these ``phases``: priced together, so that kernels' fitted models
         are asked once."""
         each = np.array([(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches])
@@ -329,7 +287,7 @@ class VariantPrices:
             self._encoded[tp] = images.of_prompt(where.model, where.device, where.engine, tp)
         return with_images(costs, [self._encoded[tp] for tp in widths])
 
-    def _take_room(self, group: _Group, reading: Fleet, decoding: Fleet) -> None:
+    def _take_room(self, group: Group, reading: Fleet, decoding: Fleet) -> None:
         """Sequences of a group's variants that fit: beside what a full prefill step of each budget takes, and in pools,
         on servers of one phase."""
         load, chunk = self.scenario.load, self.budgets.index(self.scenario.own_chunk)
@@ -359,9 +317,9 @@ class VariantPrices:
             self.fleet_of[position], self.member_of[position] = len(self.fleets), where
             self.fleets.append(decode)
 
-    def _groups(self) -> dict[_Structure, _Group]:
+    def _groups(self) -> dict[Structure, Group]:
         """Positions of the variants by structure, member and setting."""
-        members: dict[tuple[Any, ...], dict[_Setting, int]] = {}
+        members: dict[tuple[Any, ...], dict[Setting, int]] = {}
         graphs = self.scenario.engine.prefill_graphs
         apart = graphs is not None and graphs.whole_steps  # halved steps are launched otherwise, too
         plain: dict[int, Options] = {}  # by identity: many variants, few options
@@ -376,7 +334,7 @@ class VariantPrices:
             kept = id(plain[id(variant.prefill)]), id(plain[id(own)])
             key = (layout.tp, layout.dp, layout.ep, self._captured[i], *kept)
             members.setdefault(key, {})[self._setting_of[i]] = i
-        found: dict[_Structure, _Group] = {}
+        found: dict[Structure, Group] = {}
         engine, where = self.scenario.engine, self.scenario
         known: dict[str, Any] = {"device": where.device, "config": where.model.config, "whole": self._whole}
         plainer: dict[str, Any] = {"dispatch": None, "redundant_experts": 0, "placement": "linear"}
@@ -392,9 +350,9 @@ class VariantPrices:
                 if id(o) not in common:  # what becomes a column of the fleet's arrays may differ
                     external = min(o.external_shared_experts, 1)
                     common[id(o)] = replace(o, **plainer, external_shared_experts=external)
-            structure = _Structure(
+            structure = Structure(
                 layout.tp, self._captured[number], (exchange[0], exchange[1]), (blocks[0], blocks[1]),
                 (common[id(both[0])], common[id(both[1])]),
             )  # fmt: skip
-            found.setdefault(structure, _Group())[layout, both[0], both[1]] = positions
+            found.setdefault(structure, Group())[layout, both[0], both[1]] = positions
         return found

@@ -14,6 +14,7 @@ from one_deployment import OneCurve, OnePrefill
 from tensorcast.cost.stages import stage_layers
 from tensorcast.deploy.deployment import deploy
 from tensorcast.deploy.layout import parse_layout
+from tensorcast.deploy.options import Options
 from tensorcast.deploy.step.pipeline_stages import FIRST, HAND_OVER, LAST, Stage, stages_of
 from tensorcast.profiles.store import load_device, load_engine, load_model
 from tensorcast.search.axes import FULL
@@ -60,6 +61,26 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
                 assert shop.prompts[chunk].evidence[kind][i] == pytest.approx(float(share), abs=1e-12)
             fits = sequences_that_fit(prefill, decode, cut_prompts(load, chunk), load.input_len, 500)
             assert shop.fits[chunk][i] == fits
+
+
+def test_layouts_of_one_stage_hand_nothing_over_for_others_of_their_fleet() -> None:
+    """Of one tp, dp and ep with stages and without, beside one whose stages lie on one node."""
+    task = SearchTask(
+        model=load_model("deepseek-v3"), device=load_device("h200"), engine=load_engine("vllm"), gpus=16,
+        load=Traffic(3000, 500, 1), base=Options(routing="typical"), runnable_only=False,
+    )  # fmt: skip
+    wanted = [("tp1-dp4-ep4-pp2", False), ("tp1-dp8-ep8", False), ("tp1-dp8-ep8-pp2", True)]
+    every = [v for v in space(task, Counter()) if v.decode.all2all == "low_latency" and v.decode.dispatch is None]
+    some = [
+        next(v for v in every if str(v.layout) == layout and (v.decode.redundant_experts > 0) == copies)
+        for layout, copies in wanted
+    ]
+    shop = VariantPrices(task.scenario, some, (2048,))
+    for i, v in enumerate(some):
+        curve = OneCurve(shop.scenario.deployment(v.layout, "decode", v.decode), 3250.0, float(shop.grid[-1]), 1.0)
+        fit = slice(int((shop.grid <= shop.room_decode[i]).sum()) + 1)
+        for name in ("seconds", "exposed_comm_s"):
+            np.testing.assert_allclose(shop.curves[name][i, fit], curve.at(name, shop.grid[fit]), rtol=1e-11)
 
 
 def room_in_pools(shop: VariantPrices, i: int) -> tuple[float, float]:

@@ -190,7 +190,7 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
     routing = Routing.parse(prototype.options.routing, table.phase)
     for one, options in members:
         check_options(options, one, table.facts, plan.all2all)
-        key = one.dp, one.ep, one.stage_ranks, options.dispatch, options.external_shared_experts > 0
+        key = one.dp, one.ep, one.stage_ranks, one.pp > 1, options.dispatch, options.external_shared_experts > 0
         if key not in lie:
             lie[key] = exchange_of(table, one, device, engine, options=options, form=plan.form)
         exchanges.append(lie[key])
@@ -220,9 +220,12 @@ def fleet(prototype: Deployment, members: Sequence[tuple[Layout, Options]], memo
     rows = list[Row]()
     for row in plan.rows:
         rows.append(row)
-        if not isinstance(row, Collective) or (row.op, row.label) not in named[id(exchanges[0])]:
+        if not isinstance(row, Collective):
             continue
-        shared = [named[id(one)][row.op, row.label] for one in exchanges]
+        found = [named[id(one)].get((row.op, row.label)) for one in exchanges]
+        if (first := next(filter(None, found), None)) is None:
+            continue
+        shared = [one or first for one in found]  # a layout of one stage hands nothing over, wherever it would lie
         merged = replace(shared[0], module=row.module, kind=row.kind)
         if row.exchange or any((one.extent, one.scale) != (merged.extent, merged.scale) for one in shared):
             groups = tuple([  # collectives of all members, those that lie alike together

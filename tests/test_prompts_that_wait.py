@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -110,12 +111,12 @@ class Told:
 @st.composite
 def sent(draw: st.DrawFn) -> Requests:
     count = draw(st.integers(1, 30))
-    # at times that no step ends at
-    gaps = [0.00317 * draw(st.integers(0, 200)) for _ in range(count)]
+    # at times that no step ends at, as none of these is a fraction
+    gaps = [0.01 / math.pi * draw(st.integers(0, 200)) for _ in range(count)]
     every = st.lists(st.integers(1, 60), min_size=count, max_size=count)
     prompts = st.lists(st.integers(1, 900), min_size=count, max_size=count)
     return Requests(
-        arrival_s=np.cumsum(gaps) + 1e-4 * np.arange(count), input_len=np.array(draw(prompts)),
+        arrival_s=np.cumsum(gaps) + 1e-3 / math.pi * np.arange(1, count + 1), input_len=np.array(draw(prompts)),
         output_len=np.array(draw(every)), users=None,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from one_step_moments import step_moments
 
 from tensorcast.cost.evidence import EVIDENCE, LEVELS
 from tensorcast.deploy.deployment import Deployment
@@ -20,6 +21,7 @@ from tensorcast.deploy.plan.plan import Collective
 from tensorcast.deploy.step.price import StepPrice
 from tensorcast.deploy.step.sizes import GRID
 from tensorcast.serving.capacity import own_chunk, sequences_that_fit
+from tensorcast.serving.curves import unevenly
 from tensorcast.serving.prefill_costs import cut_prompts
 from tensorcast.serving.traffic import Traffic
 from tensorcast.trace.moe import EXPERT_STAGES
@@ -48,9 +50,12 @@ def evidence(price: StepPrice, batches: int) -> dict[str, np.ndarray]:
 class OneCurve:
     """Decode steps of one deployment at ``context`` cached tokens over the batch: straight lines between prices."""
 
-    def __init__(self, decode: Deployment, context: float, largest: float, smallest: float = 0.0) -> None:
+    def __init__(
+        self, decode: Deployment, context: float, largest: float, smallest: float = 0.0, *, least: float = 5.0
+    ) -> None:
         self.batch = GRID[np.searchsorted(GRID, smallest) : np.searchsorted(GRID, largest) + 1]
         held, n = np.maximum(self.batch, 1 / decode.layout.dp), len(self.batch)  # a step has a sequence at least
+        held = unevenly(held, decode.layout.pp, least)
         price, sequences_s = decode.step.price(held, 1.0, context), decode.engine.overhead.request_s * held
         attention = sum(s for p, s, _ in seconds_by_row(price, n) if getattr(p.row, "name", "") in PER_SEQUENCE)
         columns = {
@@ -75,15 +80,19 @@ class OnePrefill:
     late_s: float = 0.0
     step_s: float = 0.0
     error: float = 0.0
+    stages: float = 1.0
+    passes: float = 1.0
     evidence: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, prefill: Deployment, traffic: Traffic, chunk: int) -> OnePrefill:
         """A step at half a prompt, at one and at as many as fit, under the load that slows it."""
         cut, slow = cut_prompts(traffic, chunk), prefill.engine.overhead
-        price = prefill.step.price(np.array(cut.batches), cut.tokens, cut.past)
-        half, one, full = (float(s) * slow.prefill_factor for s in np.broadcast_to(price.seconds, 3))
-        held = slow.prefill_factor * float(np.broadcast_to(price.least_s, 3)[1])
+        price = prefill.step.undivided.price(np.array(cut.batches), cut.tokens, cut.past)
+        pp = prefill.layout.pp
+        factor = slow.prefill_factor / pp  # of a stage
+        half, one, full = (float(s) * factor for s in np.broadcast_to(price.seconds, 3))
+        held = factor * float(np.broadcast_to(price.least_s, 3)[1])
         experts = sum(
             s for p, s, _ in seconds_by_row(price, 3)
             if (p.row.group in ("dp", "ep") if isinstance(p.row, Collective) else p.row.stage in EXPERT_STAGES)
@@ -91,16 +100,17 @@ class OnePrefill:
         attention = sum(s for p, s, _ in seconds_by_row(price, 3) if getattr(p.row, "name", "") in PER_SEQUENCE)
         chunks = max(1 / cut.per_step, 1.0)
         first, last = cut.past - (chunks - 1) / 2 * cut.tokens, cut.past + (chunks - 1) / 2 * cut.tokens
-        late = slow.prefill_factor * float(np.broadcast_to(attention, 3)[1])
+        late = factor * float(np.broadcast_to(attention, 3)[1])
         late *= (last - first) / 2 / ((last + first + cut.tokens) / 2)
-        of_half, of_one, _ = slow.prefill_factor * (np.broadcast_to(experts, 3) - np.broadcast_to(price.hidden_s, 3))
+        of_half, of_one, _ = factor * (np.broadcast_to(experts, 3) - np.broadcast_to(price.hidden_s, 3))
         if cut.per_step > 1:
             prompt_s = min(max((full - one) / (cut.per_step - 1), 0.0), one)
             token_s, most = prompt_s / cut.tokens, prompt_s
         else:
             prompt_s, token_s, most = 0.0, max(one - half, 0.0) / (cut.tokens / 2), one
         return cls(
-            per_step=cut.per_step, fixed_s=one - prompt_s, prompt_s=prompt_s, token_s=token_s, step_s=one,
+            per_step=cut.per_step, fixed_s=one - prompt_s, prompt_s=prompt_s, token_s=token_s, step_s=pp * one,
+            stages=pp, passes=pp,
             expert_s=min(max(2 * (of_one - of_half), 0.0), most, max(one - held, 0.0) if held else most),
             late_s=late,
             error=math.hypot(float(np.broadcast_to(price.error, 3)[1]), slow.prefill_error),
@@ -160,8 +170,12 @@ def found_writing(traffic: Traffic) -> float:
     return 2 / 3 * (longest**3 - shortest**3) / (longest**2 - shortest**2)
 
 
-def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_tokens: int | None = None) -> One:
-    """One engine that prefills and decodes on the same GPUs. ``chunk_tokens``: prompt tokens per step and dp rank."""
+def aggregated(
+    prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_tokens: int | None = None, *,
+    least: float | None = None,
+) -> One:
+    """One engine that prefills and decodes on the same GPUs. ``chunk_tokens``: prompt tokens per step and dp rank;
+    ``least``: sequences with which a pipeline's micro-batch lasts, if not by that."""
     chunk = own_chunk(prefill) if chunk_tokens is None else chunk_tokens
     prompts, dp, users = OnePrefill.of(prefill, traffic, chunk), decode.layout.dp, float(traffic.concurrency)
     fits = float(sequences_that_fit(
@@ -169,7 +183,8 @@ def aggregated(prefill: Deployment, decode: Deployment, traffic: Traffic, chunk_
     ))  # fmt: skip
     if fits < 1:
         return One(f"does not fit: no room for one sequence of {traffic.input_len} tokens")
-    curve, depth = OneCurve(decode, float(traffic.context), users / dp), decode.options.mtp_depth
+    least = (0.0 if prompts.per_step < 1 else 5.0) if least is None else least
+    curve, depth = OneCurve(decode, float(traffic.context), users / dp, least=least), decode.options.mtp_depth
 
     def times(batch: float) -> tuple[float, float, float, float, float]:
         return engine_times(traffic, decode, dp=dp, depth=depth, curve=curve, prompts=prompts, batch=batch)
@@ -191,17 +206,20 @@ def engine_times(
 ) -> tuple[float, float, float, float, float]:
     """Seconds to the first token and of the reply from there, the mean step, requests in flight, seconds that a reply's
     place is taken."""
-    engine, steps = decode.engine, steps_of(traffic, depth)
+    stages = decode.layout.pp  # in turns of which all times are
+    engine, steps = decode.engine, steps_of(traffic, depth) * stages
     waits = engine.scheduler is not None and engine.scheduler.drafting_ranks_wait and depth > 0
     apart = 2 * float(traffic.spread) * steps * math.sqrt(min(float(traffic.rounds), 1e4)) / 1.5
     mean, met, own, each, full = step_moments(
         curve, prompts, batch, steps=steps, dp=dp, alone=engine.prefill_alone, waits=waits,
         apart=math.inf if math.isinf(float(traffic.rounds)) else apart,
-        looks=2 * float(traffic.wait_steps) + 1 if engine.prefill_alone else 1.0,
+        looks=2 * float(traffic.wait_steps) + 1 if engine.prefill_alone else 1.0, stages=stages,
     )
     others, most = max(batch - 1, 0), prompts.most_per_s
-    unread = float(curve.at("seconds", batch)) if engine.prefill_alone else met
-    first = engine.arrival_wait_steps * met + traffic.wait_steps * unread + own
+    unread = float(curve.at("seconds", batch)) / stages if engine.prefill_alone else met
+    rule = engine.scheduler.micro_batches if engine.scheduler is not None and stages > 1 else None
+    seen = engine.arrival_wait_steps if rule is None else rule.wait_turns
+    first = float(seen) * met + traffic.wait_steps * unread + own
     first, generation = first + engine.first_token_s(traffic.input_len), steps * mean
     if engine.prefill_alone:
         looks, shared = 2 * traffic.wait_steps + 1, max(prompts.per_step, 1)
@@ -214,78 +232,13 @@ def engine_times(
     else:
         waits, between = min(0.75 / (1 + apart), others) / most, generation
     first += waits + max(others / most / 2 - waits, 0) / traffic.rounds
-    return first, generation, mean, math.inf if full else batch / between * dp * (first + generation), between
-
-
-def step_moments(
-    curve: Any, prompts: Any, batch: float, *, steps: float, dp: int, alone: bool, waits: bool, apart: float,
-    looks: float,
-) -> tuple[float, float, float, float, bool]:
-    """The mean step, that which an arrival meets, that which it rides in, what a prompt adds, if prompts overrun."""
-    plain = float(curve.at("seconds", batch))
-    first = prompts.fixed_s
-    first += plain if alone else float(curve.at("attention_s", batch)) + prompts.token_s * batch
-    # the prompt alone, in replies; of few users' prompts none is read while another is
-    read = (first + prompts.prompt_s - prompts.expert_s * (dp - 1) / dp) / min(prompts.per_step, 1) / (steps * plain)
-    users = batch * (1 + read)
-    if users > 1:  # n (1 + (n - 1) read) = batch (1 + n read)
-        half, last = (1 - read * (1 + batch)) / 2, -read * batch
-        found = abs(half) + math.sqrt(half**2 - last)  # of read n^2 + 2 half n - batch = 0, without a difference
-        users = max(batch / found if half > 0 else found / read, batch)
-    arrivals = max(max(users - 1, 0) + (dp * users - max(users, 1)) * batch / users, 1e-6) / steps
-    extra, per_rank = first - plain, arrivals / dp
-    used, beside = per_rank / prompts.per_step, plain if alone else 0.0
-    if prompts.per_step <= 1:
-        mixed = some_read(used, apart / steps, dp, users, together=waits or not alone)
-        idle = 1 - max(used, 1e-12) / max(mixed, 1e-12)
-        readers = max(dp * (1 - idle), 1)
-        late = prompts.late_s * (readers - 1) / (readers + 1) * (1 - 1 / (1 + apart * prompts.per_step))
-        each = max(extra + prompts.prompt_s + late - prompts.expert_s * idle, 0.0)
-        mean, variance = plain + mixed * each, varied(mixed) * each**2
-        if alone and not waits:
-            longer = max(each - plain, 0.0)
-            mean = plain + used * each + (mixed - used) * longer
-            variance = varied(used) * each**2 + varied(mixed - used) * longer**2
-        own = (plain + each) / prompts.per_step - beside
-    else:
-        part = (min(math.hypot(used, apart / steps), max(used, 1.0)) if dp > 1 else 1.0) / looks
-        some = part * (1 - math.exp(-arrivals / part))
-        most = part * min(arrivals / part, per_rank / part + math.sqrt(2 * math.log(dp) * per_rank / part))
-        most, none = max(most, some, per_rank / min(max(users, 1 / dp), 1)), 1 - some
-        idle = 1 - max(per_rank, 1e-12) / max(most, 1e-12)
-        each = prompts.prompt_s - prompts.expert_s * idle
-        mean = plain + max((max(1 - none, most / prompts.per_step) if alone else 1 - none) * extra + most * each, 0.0)
-        if alone and not waits:
-            busy = (1 - math.exp(-per_rank * looks)) / looks
-            some = some_read(busy, apart / steps, dp, users, together=False)
-            of_prompt = prompts.prompt_s - prompts.expert_s * (1 - max(busy, 1e-12) / max(some, 1e-12))
-            reading = extra * max(1.0, per_rank / max(busy, 1e-12) / prompts.per_step)
-            reading += of_prompt * per_rank / max(busy, 1e-12)
-            mean = plain + busy * reading + (some - busy) * max(reading - plain, 0.0)
-        scatter = each**2 * most + 2 * extra * each * most * none + extra**2 * none * (1 - none)
-        variance = scatter / max(1 - (most * each / mean) ** 2, 1e-3)
-        others = per_rank * (1 + variance / mean**2)
-        own = (first - beside) * max(1.0, (1 + others / 2) / prompts.per_step) - prompts.expert_s * idle
-        own += prompts.prompt_s * min(1 + others, max(prompts.per_step, 1 + others / 2))
-    met = mean + variance / mean
-    own += met * used / (2 * (1.0 if alone else max(1 - used, 1e-3))) / max(prompts.per_step, 1.0)
-    return mean, met, own, (mean - plain) / per_rank, used >= 0.98 and not alone
-
-
-def some_read(used: float, apart: float, dp: int, users: float, *, together: bool) -> float:
-    """Steps with prompts of any rank for one without, of ranks that read in one window of a reply's time."""
-    window = min(math.hypot(used, apart), max(used, 1.0) if together else 1 + used)
-    chance = -window * math.expm1(dp * math.log1p(-min(used / window, 1 - 1e-12)))
-    return max(chance, used / min(max(users, 1 / dp), 1))  # one user, one rank
-
-
-def varied(chance: float) -> float:
-    return min(chance, 1.0) * max(1 - chance, 0.0)
+    users = math.inf if full else batch / between * dp * (first + generation)
+    return first, generation, mean * stages, users, between
 
 
 def disaggregated(
     prefill: Deployment, decode: Deployment, prefill_workers: int, decode_workers: int, traffic: Traffic,
-    *, chunk_tokens: int | None = None,
+    *, chunk_tokens: int | None = None, least: float | None = None,
 ) -> One:  # fmt: skip
     """Pools of prefill and of decode workers; a worker is one whole layout."""
     chunk = own_chunk(prefill) if chunk_tokens is None else chunk_tokens
@@ -298,7 +251,7 @@ def disaggregated(
     if sequences_that_fit(prefill, prefill, cut, lengths[0], 0) < 1:
         return One(f"does not fit: prefill workers have no room for {traffic.input_len} tokens")
     ranks, lanes = decode_workers * decode.layout.dp, prefill_workers * prefill.layout.dp
-    curve = OneCurve(decode, float(traffic.context), users / ranks)
+    curve = OneCurve(decode, float(traffic.context), users / ranks, least=math.inf if least is None else least)
     hand_over = hand_over_s(prefill, decode, lengths[0], prefill_workers + decode_workers)
     steps, engine = steps_of(traffic, decode.options.mtp_depth), decode.engine
 
@@ -312,6 +265,7 @@ def disaggregated(
         burst = max(batch * ranks / lanes - 1, 0) / prompts.most_per_s / 2 / traffic.rounds
         waits = (engine.arrival_wait_steps + traffic.wait_steps) * step
         overhead = hand_over + engine.first_token_s(traffic.input_len) + engine.hand_over_s
+        overhead += (prompts.passes - 1) * service * min(prompts.per_step, 1.0)
         return float(service * (1 + queue) + burst + waits + overhead)
 
     def in_flight(batch: float) -> float:

@@ -53,9 +53,3 @@ def test_what_is_asked_in_vain_is_said() -> None:
     for flag, value in (("--replay-top", "3"), ("--skip-bad", ""), ("--percentile", "99")):
         done = CliRunner().invoke(app, ["compare", "mixtral-8x7b", "-d", "h100", "-n", "2", flag, *value.split()])
         assert done.exit_code == 2 and done.output.strip().endswith(": is about a --trace, and none is given")
-
-
-def test_what_stages_may_read_beyond_what_is_priced_is_said() -> None:
-    for layout, told in (("tp4", False), ("tp2-pp2", True)):
-        notes = tc.compare("qwen3-30b-a3b", device="h100", world_size=4, layouts=[layout], **ASKED).notes
-        assert any(note.startswith("with pipeline stages a prompt's next chunk") for note in notes) is told

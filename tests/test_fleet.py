@@ -42,7 +42,8 @@ def test_curves_lines_and_room_are_those_of_each_deployment_alone(model: str, en
         variant = shop.variants[i]
         decode = shop.scenario.deployment(variant.layout, "decode", variant.decode)
         prefill = shop.scenario.deployment(variant.layout, "prefill", variant.prefill)
-        curve = OneCurve(decode, float(load.context), float(shop.grid[-1]), float(shop.grid[0]))
+        least = 0.0 if load.input_len > shop.scenario.own_chunk else 5.0
+        curve = OneCurve(decode, float(load.context), float(shop.grid[-1]), float(shop.grid[0]), least=least)
         assert np.isin(shop.grid, curve.batch).all()
         # batches that fit, and the next
         fit = slice(int((shop.grid <= shop.room_decode[i]).sum()) + 1)

@@ -17,6 +17,7 @@ from tensorcast.cost.stages import stage_layers
 from tensorcast.cost.work import Size
 from tensorcast.deploy.layout import Layout
 from tensorcast.errors import InputError
+from tensorcast.serving.curves import lasting, unevenly
 
 COUNTS = recording("deepseek-r1").of("decode")
 CHANCES = np.stack([inclusion(row, 8.0) for row in COUNTS.counts[:6]])
@@ -144,7 +145,8 @@ def test_candidates_in_stages_are_what_simulate_prices() -> None:
     for row in rows:
         alone = tc.simulate(
             "deepseek-v3", device="h200", world_size=8 * row["pp"], tp=1, dp=8, ep=8, pp=row["pp"], engine="sglang",
-            batch=int(row["batch"]), context=1024 + 128, routing="recorded:deepseek-r1", all2all=row["all2all"],
+            batch=int(unevenly(row["batch"], row["pp"], lasting(1.0))), context=1024 + 128,
+            routing="recorded:deepseek-r1", all2all=row["all2all"],
             dispatch=row["dispatch"] or None, combine=row["combine"] or None, placement=row["placement"],
             redundant_experts=row["redundant_experts"], shared_expert_tp=bool(row["shared_expert_tp"]),
             external_shared_experts=row["external_shared_experts"], dual_batch_overlap=bool(row["dual_batch_overlap"]),

@@ -12,7 +12,8 @@ def line(per_step: float, fixed_s: float, prompt_s: float) -> PrefillCosts:
     """A worker whose steps take ``fixed_s`` and ``prompt_s`` per prompt; ``per_step`` ride together at most."""
     names = ("token_s", "expert_s", "late_s", "step_s", "error")
     given = {"per_step": np.array(per_step), "fixed_s": np.array(fixed_s), "prompt_s": np.array(prompt_s)}
-    return PrefillCosts(**given, **dict.fromkeys(names, np.array(0.0)), evidence={})
+    one_stage = dict.fromkeys(("stages", "passes"), np.array(1.0))
+    return PrefillCosts(**given, **one_stage, **dict.fromkeys(names, np.array(0.0)), evidence={})
 
 
 def simulated(per_step: float, fixed_s: float, prompt_s: float, rate: float, prompts: int = 200_000) -> float:

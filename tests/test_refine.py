@@ -24,7 +24,7 @@ from tensorcast.search.compare import Comparison
 from tensorcast.search.search_task import SearchTask
 from tensorcast.search.space import Variant, space
 from tensorcast.serving.capacity import sequences_that_fit
-from tensorcast.serving.curves import decode_columns
+from tensorcast.serving.curves import decode_columns, unevenly
 from tensorcast.serving.full_cache import FullCache, starts_over
 from tensorcast.serving.hand_over import hand_over_s
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts
@@ -35,11 +35,11 @@ from tensorcast.serving.traffic import Traffic
 class Exact:
     """Decode steps of one deployment, each priced at the very batch asked for."""
 
-    def __init__(self, decode: Deployment, context: float) -> None:
-        self.decode, self.context = decode, context
+    def __init__(self, decode: Deployment, context: float, least: float) -> None:
+        self.decode, self.context, self.least = decode, context, least
 
     def at(self, column: str, batch: Any) -> Any:
-        batch = np.asarray(batch, dtype=float)
+        batch = unevenly(np.asarray(batch, dtype=float), self.decode.layout.pp, self.least)
         values = decode_columns(self.decode.step.price(batch.ravel(), 1.0, self.context))[column]
         return np.broadcast_to(values, batch.ravel().shape).reshape(batch.shape)
 
@@ -52,13 +52,14 @@ def costs_of(one: OnePrefill) -> PrefillCosts:
 
 def served(
     decode: Deployment, prefill: Deployment, load: Traffic, chunk: int, batch: Any, *,
-    workers: tuple[int, int] | None,
+    workers: tuple[int, int] | None, unasked_chunk: int = 0,
 ) -> tuple[Any, Any]:
     """(users, what they meet) at exact prices; ``workers`` (prefill, decode): of pools."""
     one = decode.layout
     given: dict[str, Any] = {
         "traffic": load, "engine": decode.engine, "depth": decode.options.mtp_depth,
-        "decoding": Exact(decode, float(load.context)), "prompts": costs_of(OnePrefill.of(prefill, load, chunk)),
+        "decoding": Exact(decode, float(load.context), 0.0 if load.input_len > (unasked_chunk or chunk) else 5.0),
+        "prompts": costs_of(OnePrefill.of(prefill, load, chunk)),
     }  # fmt: skip
     if workers is None:
         full, cut = None, cut_prompts(load, chunk)
@@ -110,7 +111,10 @@ def test_every_candidate_is_what_a_fresh_pricing_at_its_batch_gives(found: Compa
         workers = (int(row["prefill_workers"]), int(row["decode_workers"])) if pools else None
         chunk = found.tasks[0].scenario.own_chunk if pools else int(row["chunk_tokens"])
         load = found.behind[name][0].load
-        users, alone = served(decode, prefill, load, chunk, np.array(float(row["batch"])), workers=workers)
+        users, alone = served(
+            decode, prefill, load, chunk, np.array(float(row["batch"])), workers=workers,
+            unasked_chunk=found.tasks[0].scenario.own_chunk,
+        )  # fmt: skip
         assert row["concurrency"] == pytest.approx(float(users) * row["replicas"], rel=1e-9)
         for column in ("ttft_s", "tpot_s", "request_s", "decode_step_s", "exposed_comm_s", "hidden_comm_s"):
             assert row[column] == pytest.approx(float(getattr(alone, column)), rel=1e-9), (name, column)

@@ -168,6 +168,17 @@ def test_drafts_in_prefill_are_named() -> None:
     assert idle_note(idle) == "no effect here: --mtp-depth (tokens are drafted in decode)"
 
 
+@pytest.mark.parametrize(("model", "options", "said"), [
+    ("llama-3.1-8b", {"state_dtype": "float32"}, "no effect here: --state-dtype (no layer keeps a state)"),
+    ("qwen3-next-80b-a3b", {"state_dtype": "float32"}, ""),
+    ("deepseek-v3", {"speculative_method": "eagle3"}, "no effect here: --speculative-method (--mtp-depth is 0)"),
+    ("deepseek-v3", {"speculative_method": "eagle3", "mtp_depth": 1}, ""),
+])  # fmt: skip
+def test_states_and_drafts_that_there_are_not_are_named(model: str, options: dict[str, Any], said: str) -> None:
+    run = tc.simulate(model, device="h200", world_size=8, tp=8, allow_oversize=True, **options)
+    assert [note for note in run.notes if note.startswith("no effect")] == [said] * bool(said)
+
+
 def test_every_config_with_draft_modules_is_spoken_of() -> None:
     """Modules are named in the language model's part of a multimodal config, too."""
     for name, said in (("deepseek-v3", True), ("step-3.7-flash", True), ("qwen3-30b-a3b", False)):

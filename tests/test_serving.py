@@ -43,7 +43,7 @@ class Prompts:
     def __init__(self, fixed_s: float, per_step: float = 8.0) -> None:
         self.fixed_s, self.per_step, self.prompt_s = fixed_s, per_step, PROMPT_S
         self.token_s, self.expert_s, self.late_s, self.error, self.step_s = 0.0, 0.0, 0.0, 0.05, fixed_s + PROMPT_S
-        self.evidence = {"calibrated": 1.0}
+        self.evidence, self.stages, self.passes = {"calibrated": 1.0}, 1.0, 1.0
         self.most_per_s = per_step / (fixed_s + PROMPT_S * per_step)
 
 

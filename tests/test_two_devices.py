@@ -28,6 +28,7 @@ from tensorcast.search.search import search
 from tensorcast.search.search_task import search_tasks
 from tensorcast.search.space import space
 from tensorcast.search.variant_prices import VariantPrices
+from tensorcast.serving.curves import unevenly
 from tensorcast.serving.hand_over import hand_over_s
 
 MODEL, FIRST, SECOND = "qwen3-30b-a3b", "l40s", "h100-sxm"
@@ -62,7 +63,7 @@ def test_a_candidate_is_its_two_pools_priced_alone(found: Comparison) -> None:
         decode = deploy(model, load_device(SECOND), engine, second.layout, "decode", options=second.decode)
         load = replace(scenario.load, concurrency=float(row["concurrency"] / row["replicas"]))
         workers = int(row["prefill_workers"]), int(row["decode_workers"])
-        alone = disaggregated(prefill, decode, *workers, load)
+        alone = disaggregated(prefill, decode, *workers, load, least=5.0)
         assert not alone.problem
         if alone.batch != pytest.approx(row["batch"], rel=1e-6):
             continue  # as many users may be served at another batch, where a step's time jumps
@@ -71,8 +72,9 @@ def test_a_candidate_is_its_two_pools_priced_alone(found: Comparison) -> None:
         assert row["output_tokens_per_s"] == pytest.approx(alone.output_tokens_per_s * row["replicas"], rel=1e-6)
         one = second.layout
         step = tc.simulate(
-            MODEL, device=SECOND, tp=one.tp, dp=one.dp, ep=one.ep, pp=one.pp, batch=int(row["batch"]),
-            context=int(load.context), **{key: getattr(second.decode, key) for key in (
+            MODEL, device=SECOND, tp=one.tp, dp=one.dp, ep=one.ep, pp=one.pp,
+            batch=int(unevenly(row["batch"], one.pp, 5.0)), context=int(load.context),
+            **{key: getattr(second.decode, key) for key in (
                 "routing", "all2all", "dispatch", "combine", "redundant_experts", "dual_batch_overlap",
                 "external_shared_experts", "shared_expert_tp")},
         )  # fmt: skip

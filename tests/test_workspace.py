@@ -82,7 +82,8 @@ def test_no_batch_is_priced_twice_and_no_setting_that_a_structure_lacks(
     class Together(variant_prices.Together):
         def __init__(self, steps: Any, load: Any, *args: Any, **varied: Any) -> None:
             super().__init__(steps, load, *args, **varied)
-            asked.append((steps[0].table.phase, {*np.ravel(load[0])}, []))
+            one_stage = np.equal(varied["pp"], 1)  # micro-batches of pipelines are as uneven as chance has them
+            asked.append((steps[0].table.phase, {*np.ravel(load[0])[one_stage]}, []))
 
         def each(self, member: Any, batch: Any, wanted: Any = None) -> Any:
             added = [added for phase, _, added in asked if phase == self.steps[0].table.phase]
@@ -248,7 +249,7 @@ def test_other_limits_price_no_variant_again(made: Counter[str]) -> None:
     first = dict(made)
     made.clear()
     _ask(tpot_s=0.03)
-    assert made["deployments"] < first["deployments"] / 4
+    assert made["deployments"] < first["deployments"] / 3  # those of groups that are looked at closer now
     assert made["steps"] < first["steps"]
 
 
@@ -262,7 +263,7 @@ def test_other_lengths_and_sizes_make_no_deployment_again(
         patched.delattr(search, "space")  # the layouts to try are known
         _ask(input_len=700, output_len=300)
     _ask(world_size=2)
-    assert made["deployments"] < first["deployments"] / 4
+    assert made["deployments"] < first["deployments"] / 3  # those of groups that are looked at closer now
 
 
 def test_other_lengths_name_no_row_and_look_at_no_variant_again(

@@ -290,7 +290,10 @@ class Deployment:
             Options(), self.layout, all2all, self.engine, device=self.device, config=self.model.config,
             whole=whole_model(self.model, self.phase, self.options.quant),
         )
-        at = Place(self.layout, facts, all2all, self.phase, unasked.fused, unasked.shared is not None)
+        at = Place(
+            self.layout, facts, all2all, self.phase, unasked.fused, unasked.shared is not None,
+            has_states=has_states(self.raw), drafts=options.mtp_depth > 0,
+        )
         return idle_options(options, at)
 
     def largest_batch(self, new: int, past: int) -> int:

@@ -45,6 +45,8 @@ class Place:
     """Whether the engine runs shared experts among the routed ones unasked, ..."""
     whole: bool = False
     """... or holds them whole on every GPU."""
+    has_states: bool = True
+    drafts: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _nothing_travels(at: Place) -> str:
 
 
 def _nothing_drafted(at: Place) -> str:
-    return "tokens are drafted in decode" if at.phase != "decode" else ""
+    return "tokens are drafted in decode" if at.phase != "decode" else "" if at.drafts else "--mtp-depth is 0"
 
 
 def _nothing_shared(at: Place) -> str:
@@ -113,7 +115,7 @@ class Options:
     kv_dtype: str | None = _about(None, "KV cache.", metavar="bf16|fp8", unasked="the engine's")
     state_dtype: str | None = _about(
         None, "States of linear attention and SSM layers: float32, bfloat16 or float16.", metavar="DTYPE",
-        unasked="as the engine keeps them",
+        unasked="as the engine keeps them", idle=lambda at: "" if at.has_states else "no layer keeps a state",
     )
     routing: str = _about(
         "balanced", "How tokens fall on experts: served (what fits the network's served runs: typical, of a few "

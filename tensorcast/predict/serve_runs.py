@@ -26,7 +26,7 @@ from tensorcast.profiles.device import DeviceProfile
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.profiles.model import ModelProfile
 from tensorcast.serving.capacity import own_chunk, room_for, sequences_that_fit
-from tensorcast.serving.curves import DecodeCurve, decode_columns
+from tensorcast.serving.curves import DecodeCurve, decode_columns, lasting, unevenly
 from tensorcast.serving.encoder import with_images
 from tensorcast.serving.full_cache import FullCache, starts_over
 from tensorcast.serving.hand_over import hand_over_s
@@ -236,22 +236,26 @@ def _priced(rows: list[_Row], most: Array) -> tuple[PrefillCosts, DecodeCurve]:
     for part, several in zip(prefills, cuts, strict=True):
         batch = np.array([cut.batches for cut in several])
         tokens, past = (np.array([[getattr(cut, name)] for cut in several]) for name in ("tokens", "past"))
-        asked.append((rows[part[0]].prefill.step, batch, tokens, past))
+        one = rows[part[0]].prefill
+        asked.append((one.step if one.layout.pp == 1 else one.step.undivided, batch, tokens, past))
     # a step that decodes has a sequence, however few there are in the mean: fewer cost as much
     least = np.array([1 / rows[part[0]].decode.layout.dp for part in decodes])
     begin = np.maximum(np.searchsorted(GRID, least, side="right") - 1, 0)
     end = np.maximum(np.searchsorted(GRID, [most[part].max() for part in decodes]) + 1, begin + 1)
     for part, one, *span in zip(decodes, least, begin, end, strict=True):
         grid, contexts = np.maximum(GRID[slice(*span)], one), np.array([[rows[i].traffic.context] for i in part])
-        asked.append((rows[part[0]].decode.step, grid, 1.0, contexts))
+        step, pp = rows[part[0]].decode.step, rows[part[0]].decode.layout.pp
+        lasts = [[lasting(rows[i].cut.per_step, reads=rows[i].run.mode != "disaggregated")] for i in part]
+        asked.append((step, unevenly(grid, pp, np.array(lasts)), 1.0, contexts))
     priced = sums_of_many(asked)
     first, read = priced.first, len(prefills)
     prompts = _entries(prefills, first[:read], np.zeros(read, dtype=int), np.full(read, 3))
     replies = _entries(decodes, first[read:], begin, end)
     spent = [row.prefill.engine.overhead for row in rows]
     factor, error = (np.array([[getattr(one, f"prefill_{name}")] for one in spent]) for name in ("factor", "error"))
-    of_cuts = (np.array([getattr(row.cut, name) for row in rows]) for name in ("tokens", "per_step", "rises"))
-    costs = prefill_costs(prefill_columns(priced.at(prompts), factor, error), *of_cuts)
+    cut = {name: np.array([getattr(row.cut, name) for row in rows]) for name in ("tokens", "per_step", "rises")}
+    stages = np.array([float(row.prefill.layout.pp) for row in rows])
+    costs = prefill_costs(prefill_columns(priced.at(prompts), factor, error), stages=stages, **cut)
     curves = DecodeCurve(GRID[: replies.shape[1]], decode_columns(priced.at(replies)), np.arange(len(rows)))
     return _with_images(costs, rows), curves
 

@@ -76,6 +76,7 @@ class StepTimePredictor:
             deploy(profile, load_device(str(device)), engine, layout, phase, options=options)
             for phase in ("prefill", "decode")
         )
+        self._stages = layout.pp  # of each of which tables have the time
         chunk = engine.tokens_per_step(prefill.device, layout.dp, prefill.step.plan.all2all)
         self._times = step_times(
             prefill, decode, most_sequences=most, chunk_tokens=chunk, longest=profile.max_positions or LONGEST
@@ -89,11 +90,11 @@ class StepTimePredictor:
         prompts = [(r.extend_length, r.past_kv_length) for r in batch.reqs if r not in decoding]
         context = sum(r.past_kv_length for r in decoding) / max(1, len(decoding))
         if not prompts:
-            return self._times.decoding(len(decoding), context, len(decoding))
+            return self._stages * self._times.decoding(len(decoding), context, len(decoding))
         beside = len(decoding) * self._times.tokens_each
         tokens = sum(new for new, _ in prompts) + beside
         times, ends = self._times, self._times.seen_at_ends(prompts, beside)
-        return times.own(prompts, len(decoding), context) + times.shared(tokens, beside, ends)
+        return self._stages * (times.own(prompts, len(decoding), context) + times.shared(tokens, beside, ends))
 
     def get_metrics(self) -> dict[str, Any]:
         """Nothing: predictions count nothing."""

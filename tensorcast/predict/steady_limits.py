@@ -55,7 +55,8 @@ def steady_limits(
     if served.problem:
         raise InputError(f"layout {layout}: {served.problem}")
     steps = float(_traffic(run).decode_steps(options.mtp_depth))
-    own = min(float(served.prefill_step_s) * _chunks(run), float(served.ttft_s))
+    stages = run.prefill.pp  # which a prompt's chunks pass one behind another
+    own = min(float(served.prefill_step_s) * (_chunks(run) + stages - 1) / stages, float(served.ttft_s))
     ttft, tpot = float(served.ttft_s), float(served.tpot_s)
     writes = max(output_len - 1, 1)
     decoding = min(float(served.decode_step_s) * steps / writes, tpot)

@@ -53,6 +53,17 @@ class RoomFirst(Frozen):
         return sequences * (1 + self.few_times * (sequences <= self.few_sequences))
 
 
+class MicroBatches(Frozen):
+    """How batches follow one another where there are pipeline stages: as many are in flight as stages, and each is
+    composed when the oldest one is back, of sequences whose tokens are and of prompts, also of the next chunk of one of
+    which a batch in flight has the last."""
+
+    wait_turns: Number = Field(
+        default=1.0, ge=0, description="turns of a stage that pass before the batch that a new request rides in"
+    )
+    source: str = Field(min_length=3)
+
+
 class Scheduler(Frozen):
     """Rules of a scheduler that no other field of an engine profile tells."""
 
@@ -90,6 +101,7 @@ class Scheduler(Frozen):
         default=False, description="where steps draft, data-parallel ranks write nothing while others read"
     )
     prompts_wait: bool = Field(default=False, description="whether prompts can be told to wait for others")
+    micro_batches: MicroBatches | None = Field(default=None, description="with pipeline stages; none: as without")
     source: str = Field(min_length=3)
 
     def ranks_wait(self, drafts: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from tensorcast.errors import InputError
+from tensorcast.scheduling.pipeline import Pipeline
 from tensorcast.scheduling.pools import Change
 from tensorcast.scheduling.record import Record
 from tensorcast.scheduling.requests import Requests
@@ -333,7 +334,8 @@ class Fleet:
         one = self.pools[pool]
         phase = self._phase(one)
         for _ in range(count):
-            server = Server(one.rules, one.times, self.record, len(self.servers), pool, tells=self._tells)
+            kind = Pipeline if one.rules.stages > 1 else Server
+            server = kind(one.rules, one.times, self.record, len(self.servers), pool, tells=self._tells)
             server.from_s = now
             self.servers.append(server)
             self._there[phase].append(server)

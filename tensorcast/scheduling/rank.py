@@ -24,21 +24,18 @@ class Rank(Cache):
         self._tokens = 0.0  # of decoding sequences at step 0, were they as long ago: those now are _tokens + n e steps
         self._last = 0  # sum of the steps at which they end
         self._ends: list[tuple[int, int]] = []  # those of who starts over stay until they come first
-        self.places = Places()
-        self.next = Batch()
+        self.places, self.next, self.still = Places(), Batch(), Standing()
         self.expected = Expectation(rules.expected, record.requests.fixed) if rules.expected else None
-        self.still = Standing()
         self._shut = False  # nobody is let in until a sequence has left
         self._closed_for = math.inf  # decode steps in which the head of the queue is not let in, unless a sequence ends
         self._each, self._only_writes = rules.tokens_per_step, rules.role == "decode"
-        # tokens of the cache that a decode step takes per sequence: none where replies have their room reserved
-        self._grows = 0.0 if rules.reserves_reply else rules.tokens_per_step
+        self._grows = 0.0 if rules.reserves_reply else rules.tokens_per_step  # of the cache, a step and sequence
 
     @property
     def load(self) -> int:
         """Requests here."""
         asking = len(self.places.asks) + len(self.places.coming)
-        return len(self.waiting) + len(self.reading) + len(self.decoding) + asking
+        return len(self.waiting) + len(self.reading) + len(self.decoding) + self.elsewhere + asking
 
     @property
     def crowd(self) -> float:
@@ -51,11 +48,16 @@ class Rank(Cache):
         beyond = max(0.0, self.used / self._holds - rules.queue_from_used) if rules.queue_from_used else 1.0
         return here + rules.queue_weight * beyond * waiting
 
+    @property
+    def growth(self) -> float:
+        """Tokens of the cache that a step of all sequences takes."""
+        return (len(self.decoding) + self.elsewhere) * self._grows
+
     def batch(self, seen_s: float, now_s: float, hold_prompts: bool = False) -> Batch:
         """The next step, of requests that arrived by ``seen_s``, until the one after it. ``hold_prompts``: no prompt is
         read."""
         sequences = len(self.decoding)
-        if sequences and self._holds - self.used < sequences * self._grows:
+        if sequences and self._holds - self.used < (sequences + self.elsewhere) * self._grows:
             self._make_room()
             sequences = len(self.decoding)
         if self._only_writes and self.waiting:
@@ -110,7 +112,7 @@ class Rank(Cache):
         first, places = self.rules.room_first, self.places
         if first is None or not places.asks or (self.waiting and self.waiting[0] not in places.here):
             return []  # who starts over is let in before anybody new
-        free, most = self.free - len(self.decoding) * self._grows * steps, first.most(self.rules.most_sequences)
+        free, most = self.free - self.growth * steps, first.most(self.rules.most_sequences)
         taken = places.take(self._held, len(self.decoding), most=most, free=free, reserved=first.reserved_tokens)
         self.used += sum(taken.values())
         return list(taken)
@@ -125,8 +127,7 @@ class Rank(Cache):
         if not self._ends:
             return math.inf
         steps = self._ends[0][0] - self.steps
-        growth = len(self.decoding) * self._grows
-        return steps if self._holds - self.used >= growth * steps else max(1, int(self.free / growth))
+        return steps if self._holds - self.used >= self.growth * steps else max(1, int(self.free / self.growth))
 
     def closed_for(self, begun: Sequence[float], seen_s: float) -> float:
         """Decode steps from now in which nobody of those who wait is let in, unless a sequence ends; 1 at least.
@@ -160,7 +161,7 @@ class Rank(Cache):
         if self.prefix is None:
             return 0
         if steps:
-            self.prefix.shrink(self.free - len(self.decoding) * self._grows * steps)
+            self.prefix.shrink(self.free - self.growth * steps)
         return self.prefix.match(blocks, len(blocks))
 
     def lose(self) -> list[int]:
@@ -211,7 +212,7 @@ class Rank(Cache):
                 return
             budget -= self._take(found, one, budget)
         while budget > 0 and whole > 0 and self.waiting and record.each.came_s[self.waiting[0]] <= seen_s:
-            if self._shut or len(self.decoding) + len(self.reading) >= rules.most_sequences:
+            if self._shut or len(self.decoding) + self.elsewhere + len(self.reading) >= rules.most_sequences:
                 break
             request = self.waiting[0]
             if rules.waits_for_blocks and self._may_find_more(request):
@@ -231,7 +232,7 @@ class Rank(Cache):
     def _holds_chunk(self, one: Reading, budget: int) -> bool:
         """Room for what a step reads next of a prompt; without it, it starts over, and the step reads nothing more."""
         new = max(min(one.tokens - one.read, budget), 0)  # none where drafts alone take more than a step's tokens
-        if new > self.free - len(self.decoding) * self._grows:
+        if new > self.free - self.growth:
             self.reading.remove(one)
             self._release(one.held, one.blocks)
             self.record.preempt(one.request, 0)
@@ -291,10 +292,10 @@ class Rank(Cache):
             beside += expected.share * expected.most(self._ahead(), len(self.decoding))
         if prefix is not None and shared:
             self.used += prefix.pin(shared)
-        room = self.free - len(self.decoding) * self._grows
+        room = self.free - self.growth
         # who is alone is let in if it fits at all
-        if held > room or (held + beside > room and (self.reading or self.decoding)):
-            self._shut = self.expected is not None and not rules.asks_again and bool(self.decoding)
+        if held > room or (held + beside > room and (self.reading or self.decoding or self.elsewhere)):
+            self._shut = self.expected is not None and not rules.asks_again and bool(self.decoding or self.elsewhere)
             if expected is not None and rules.asks_again and held <= room:
                 falls = expected.falls_by(self._ahead(), len(self.decoding), self._each, self._grows)
                 self._closed_for = max(int((held + beside - room) / falls), 1) if falls > 0 else math.inf
@@ -314,16 +315,17 @@ class Rank(Cache):
         """Prompts that another pool has read start to write their replies."""
         rules, record, places = self.rules, self.record, self.places
         self._closed_for = math.inf
-        while self.waiting and len(self.decoding) < rules.most_sequences:
+        while self.waiting and len(self.decoding) + self.elsewhere < rules.most_sequences:
             request = self.waiting[0]
             if record.each.came_s[request] > seen_s:
                 return
             has = places.here.get(request, 0.0)
             held = has or self._held(request)
-            wanted = held - has + rules.tokens_per_step + len(self.decoding) * self._grows  # it decodes at once
-            while wanted > self.free and not self.decoding and (freed := places.give_up(but=request)):
+            wanted = held - has + rules.tokens_per_step + self.growth  # it decodes at once
+            alone = not (self.decoding or self.elsewhere)
+            while wanted > self.free and alone and (freed := places.give_up(but=request)):
                 self.used -= freed
-            if wanted > self.free and self.decoding:
+            if wanted > self.free and not alone:
                 return
             places.here.pop(request, None)
             self.used += held - has
@@ -374,12 +376,12 @@ class Rank(Cache):
     def _make_room(self) -> None:
         """Where the cache has no room for another step, sequences start over."""
         rules = self.rules
-        while self.free < len(self.decoding) * self._grows:
+        while self.free < self.growth:
             if self.reading and not rules.alone:  # where prompts run alone, replies stand still meanwhile
                 one = self.reading.pop()
                 self._release(one.held, one.blocks)
                 request, written = one.request, 0
-            elif len(self.decoding) > 1:
+            elif self.decoding and len(self.decoding) + self.elsewhere > 1:
                 request = self._starts_over()
                 steps = self.steps - self.decoding[request].joined
                 self._leave(request)

@@ -194,6 +194,7 @@ class Cache:
         keeps = rules.prefix_cache and rules.role != "decode" and record.blocks is not None
         self.prefix = PrefixCache(record.block_tokens) if keeps else None
         self.used = 0.0  # tokens that sequences hold, those of shared blocks once
+        self.elsewhere = 0  # sequences that decode in other micro-batches, where there are pipeline stages
         self._holds = rules.cache_tokens
 
     @property

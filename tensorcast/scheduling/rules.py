@@ -87,6 +87,7 @@ class Rules:
     in the choice of a rank, from ``queue_from_used`` of its cache. ``room_first``: in two pools room of the server that
     writes is taken before the prompt is read. ``graph_sizes``: sequences that decode steps are padded to, where that is
     stated. ``admits_chunks``: a prompt is let in with room for its first chunk, and each later one takes its own.
+    ``stages``: of a pipeline, in which as many steps are under way; ``lag`` and ``look_steps`` count its turns.
     """
 
     role: Role
@@ -120,6 +121,7 @@ class Rules:
     state_tokens: float = 0.0
     admits_chunks: bool = False
     look_steps: int = 1
+    stages: int = 1
 
     @cached_property
     def most_tokens(self) -> float:
@@ -165,6 +167,7 @@ def rules_of(
     if cache_tokens < scheduler.block_tokens or states < 1:
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
     ranks = int(attention_dp(layout, deployment.raw.facts.num_experts))
+    piped = scheduler.micro_batches if layout.pp > 1 else None
     return Rules(
         role=role,
         ranks=ranks,
@@ -179,7 +182,8 @@ def rules_of(
         expected=scheduler.expected_reply.of_ranks(ranks) if scheduler.expected_reply else None,
         tokens_per_step=sum(mtp_acceptance**i for i in range(depth + 1)),
         verify=1.0 + depth,
-        lag=max(0, round(engine.arrival_wait_steps - 1)),
+        lag=max(0, round((engine.arrival_wait_steps if piped is None else piped.wait_turns) - 1)),
+        stages=layout.pp,
         look_steps=1 if role == "prefill" else max(1, round(look_steps)),
         waits=waits,
         first_token_s=engine.first_token_s(0),

@@ -15,8 +15,7 @@ from operator import attrgetter
 from tensorcast.scheduling.rank import Rank
 from tensorcast.scheduling.record import GAPS, Moments, Record
 from tensorcast.scheduling.rules import Rules
-from tensorcast.scheduling.step_times import StepTimes
-from tensorcast.scheduling.stretch import Stretch
+from tensorcast.scheduling.step_times import StepTimes, Stretch
 
 _sequences = attrgetter("sequences")
 _crowd = attrgetter("crowd")
@@ -140,13 +139,25 @@ class Server:
         if unlooked >= every:
             self._looked_s = stretch.after(max(stretch.steps - self._unlooked - self.rules.lag, 0))
 
-    def _compose(self, now_s: float) -> None:
+    def _seen(self, now_s: float) -> float:
+        """Until when requests are seen by who composes now."""
         if self.rules.look_steps == 1:
-            seen = self._begun[0] if self._begun else now_s
-        elif self._looked_s is None:
-            seen = self._looked_s = now_s
-        else:
-            seen = self._looked_s
+            return self._begun[0] if self._begun else now_s
+        if self._looked_s is None:
+            self._looked_s = now_s
+        return self._looked_s
+
+    def _rest(self, now_s: float) -> None:
+        """Nothing runs."""
+        self.idle_from_s = now_s
+        self._begun.clear()
+        self._looked_s, self._unlooked = None, 0
+        for rank in self.ranks:
+            if rank.expected is not None:
+                rank.expected.rests()
+
+    def _compose(self, now_s: float) -> None:
+        seen = self._seen(now_s)
         hold = self._waits and (self._waits_for_more(seen) if self._alone else self._waits_for_ranks(seen))
         mixed = running = False
         for rank in self.ranks:
@@ -161,12 +172,7 @@ class Server:
         elif running:
             self.stretch = self._decoding(now_s, seen)
         else:
-            self.idle_from_s = now_s
-            self._begun.clear()
-            self._looked_s, self._unlooked = None, 0
-            for rank in self.ranks:
-                if rank.expected is not None:
-                    rank.expected.rests()
+            self._rest(now_s)
             if seen < now_s and any(rank.waiting for rank in self.ranks):
                 self._compose(now_s)  # nothing runs: whoever came meanwhile is seen at once
 

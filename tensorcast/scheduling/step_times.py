@@ -31,6 +31,35 @@ MOST_CHUNKS = 4096
 """Prompts by new and cached tokens whose attention is kept."""
 
 
+@dataclass(slots=True)
+class Stretch:
+    """Steps under way: the first begins at ``start_s`` and takes ``first_s``, each after it ``slope_s`` longer; the
+    last is done at ``end_s``. ``mixed``: with prompts."""
+
+    start_s: float
+    first_s: float
+    slope_s: float
+    steps: int
+    end_s: float
+    mixed: bool = False
+
+    def cut(self, steps: int) -> None:
+        """It ends after so many steps."""
+        self.steps, self.end_s = steps, self.after(steps)
+
+    def after(self, steps: float) -> float:
+        """When so many of its steps are done."""
+        return self.start_s + steps * self.first_s + self.slope_s * steps * (steps - 1) / 2
+
+    def done_by(self, now_s: float) -> int:
+        """Steps that are done at ``now_s``."""
+        low = (now_s - self.start_s) / self.first_s
+        if self.slope_s > 0:
+            half = self.first_s / self.slope_s - 0.5
+            low = math.sqrt(half * half + 2 * (now_s - self.start_s) / self.slope_s) - half
+        return min(max(int(low + 1e-9), 0), self.steps)
+
+
 @dataclass(frozen=True)
 class Bilinear:
     """Values at points of two axes, linear between them, on their last lines beyond the ends of ``across``.
@@ -253,7 +282,8 @@ def step_times(
     """Tables for a server that runs ``prefill`` and ``decode`` steps, or one of them.
 
     ``most_sequences``: per data-parallel rank; ``chunk_tokens``: new tokens of a step per rank; ``longest``: tokens of
-    the longest sequence. ``graph_sizes``: sequences that decode steps are padded to; none: they are not.
+    the longest sequence. ``graph_sizes``: sequences that decode steps are padded to; none: they are not. With pipeline
+    stages a step is one micro-batch's, of so many sequences, and its time that of a stage.
     """
     engine = (decode or prefill).engine  # type: ignore[union-attr]
     contexts = _contexts(longest)
@@ -265,12 +295,13 @@ def step_times(
         batch = batch[: max(2, int(np.searchsorted(batch, most_sequences)) + 1)]
         if graph_sizes:
             batch, sizes = padded(batch, graph_sizes, most_sequences)
-        price = run = decode.step.price(batch, 1.0, contexts[:, None])
+        stages = decode.layout.pp
+        price = run = decode.step.price(stages * batch, 1.0, contexts[:, None])
         if graph_sizes:
-            run = decode.step.price(sizes, 1.0, contexts[:, None])
+            run = decode.step.price(stages * sizes, 1.0, contexts[:, None])
         # what the engine takes per sequence stays with decoding where prompts ride along; what pads has no context
         attention, with_pads = (np.asarray(one.tally.attention) + one.request_overhead_s for one in (price, run))
-        factor = engine.overhead.pool_factor if prefill is None else 1.0
+        factor = (engine.overhead.pool_factor if prefill is None else 1.0) / stages
         whole, shared, attention = (
             factor * np.broadcast_to(t, (len(contexts), len(batch)))
             for t in (run.seconds - with_pads + attention, _shared(run, decode), attention)
@@ -285,7 +316,7 @@ def step_times(
         new = GRID[GRID >= 1]
         new = new[: max(3, int(np.searchsorted(new, 2 * chunk_tokens + most_sequences)))]
         price = prefill.step.price(1.0, new, contexts[:, None])
-        factor = engine.overhead.prefill_factor
+        factor = engine.overhead.prefill_factor / prefill.layout.pp
         among = price  # a prompt as it is in a step of several
         if prefill.step.sizes.ends is not None:
             among = _always_ends(prefill.step).price(1.0, new, contexts[:, None])
@@ -302,7 +333,7 @@ def step_times(
             shared=Bilinear.of(first, new, shared[:2]),
             attention=Bilinear.of(contexts, new, attention),
             least=float(attention[0, 0]),
-            beside=1.0 - 1.0 / factor,
+            beside=1.0 - 1.0 / engine.overhead.prefill_factor,
             ends=_end_times(prefill, new, factor),
             host_s=factor * float(np.max(np.where(np.greater(price.host_s, 0), price.seconds, 0.0))),
             graph_tokens=float(prefill.step.pricer.graph_tokens),
@@ -325,7 +356,8 @@ def _end_times(prefill: Deployment, new: Array, factor: float) -> EndTimes | Non
     if (ends := prefill.step.sizes.ends) is None:
         return None
     new = np.concatenate([[ends.tokens], new[new > ends.tokens]])
-    one, many = _always_ends(prefill.step).price(1.0, new, 0.0), prefill.step.price(new / ends.tokens, ends.tokens, 0.0)
+    one = _always_ends(prefill.step).price(1.0, new, 0.0)
+    many = prefill.step.undivided.price(new / ends.tokens, ends.tokens, 0.0)
     shared, more = (factor * np.broadcast_to(_shared(price, prefill), new.shape) for price in (one, many))
     own, whole = (factor * (price.seconds - price.tally.attention - price.request_overhead_s) for price in (one, many))
     more = more - shared

@@ -26,13 +26,6 @@ COUNTED = {"layouts": "layouts", "variants": "layouts with their options", "cand
 variants at a batch."""
 
 
-STAGES = (
-    "with pipeline stages a prompt's next chunk is priced after this one has left the last stage; engines begin it "
-    "before, so that layouts with pp may read up to pp times as many prompts",
-)
-"""What is said of layouts with stages."""
-
-
 def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
     """What the numbers rest on and a reader may not expect."""
     first = tasks[0]
@@ -58,7 +51,6 @@ def notes(tasks: Sequence[SearchTask], kept: Candidates) -> tuple[str, ...]:
         found.append(said)
     if facts.num_experts:
         found.append(f"{SAID[first.base.routing]}; --routing uniform or zipf:1 shows what less or more skew does")
-    found += STAGES if (kept["pp"] > 1).any() else ()
     if "disaggregated" in first.modes:
         between = "; caches go from device to device over the slower of both networks" if first.pools else ""
         found.append(f"disaggregated pools use as many GPUs as match, which may be fewer than there are{between}")

@@ -40,7 +40,7 @@ from tensorcast.serving.capacity import (
     sequence_bytes,
     sequences_that_fit,
 )
-from tensorcast.serving.curves import decode_columns
+from tensorcast.serving.curves import decode_columns, lasting, unevenly
 from tensorcast.serving.prefill_costs import PrefillCosts, cut_prompts, prefill_columns, prefill_costs
 from tensorcast.serving.traffic import Array, Rows
 from tensorcast.trace.cache import whole_model
@@ -212,9 +212,7 @@ class VariantPrices:
             one.fits = {budget: fits[rows] for budget, fits in self.fits.items()}
             one.prompts = {budget: costs.where(rows) for budget, costs in self.prompts.items()}
             one.own_prompts = one.own_prompts.where(rows)
-            for name in (
-                "depths", "kv_dtypes", "layout_of", "room_decode", "room_prefill", "fleet_of", "member_of",
-            ):  # fmt: skip
+            for name in ("depths", "kv_dtypes", "layout_of", "room_decode", "room_prefill", "fleet_of", "member_of"):
                 setattr(one, name, getattr(one, name)[rows])
         if len(more):
             found._price(list(found._groups().values()), more, ("decode",))
@@ -225,7 +223,9 @@ class VariantPrices:
         are asked once."""
         each = np.array([(batch, cut.tokens, cut.past) for cut in self._cuts for batch in cut.batches])
         prompts = tuple(np.tile(each, (len(self._kinds), 1)).T)
-        replies = np.tile(grid, len(self._settings)), 1.0, self.scenario.load.context
+        stages = np.repeat([float(one.pp) for one in self._settings], len(grid))
+        least = lasting(self._cuts[self.budgets.index(self.scenario.own_chunk)].per_step)
+        replies = unevenly(np.tile(grid, len(self._settings)), stages, least), 1.0, self.scenario.load.context
         loads: dict[str, tuple[Any, ...]] = {"prefill": prompts, "decode": replies}
         questions, waiting = Questions(), dict[Any, Any]()
         fleets: dict[str, list[Fleet]] = {phase: [] for phase in phases}
@@ -243,7 +243,7 @@ class VariantPrices:
             kv, depth, dual, pp = (np.repeat(values, width) for values in zip(*at, strict=True))
             kv_bytes: Size = KV_BYTES[kv[0]] if len({*kv}) == 1 else np.array([KV_BYTES[name] for name in kv])
             asked[phase] = Together(
-                [one.step for one in fleets[phase]], loads[phase], questions, waiting,
+                [one.step.undivided for one in fleets[phase]], loads[phase], questions, waiting,
                 kv_bytes=kv_bytes, mtp_depth=depth, dual=dual, pp=pp,
             )
         questions.find()
@@ -253,15 +253,14 @@ class VariantPrices:
         position, member, setting = np.array(where).T
         if "prefill" in asked:
             kind = np.array([self._kinds.index(one._replace(mtp_depth=0)) for one in self._settings])[setting]
+            stages = np.array([float(one.pp) for one in self._settings])[setting]
             for some, price in asked["prefill"].each(member, kind[:, None] * len(each) + np.arange(len(each))):
                 spent = fleets["prefill"][0].engine.overhead
-                columns = {
-                    name: _shortened(values).reshape(len(some), len(self._cuts), 3)
-                    for name, values in prefill_columns(price, spent.prefill_factor, spent.prefill_error).items()
-                }
+                found = prefill_columns(price, spent.prefill_factor, spent.prefill_error).items()
+                columns = {name: _shortened(values).reshape(len(some), len(self._cuts), 3) for name, values in found}
                 for i, (budget, cut) in enumerate(zip(self.budgets, self._cuts, strict=True)):
                     mine = {name: values[:, i] for name, values in columns.items()}
-                    costs = prefill_costs(mine, cut.tokens, cut.per_step, cut.rises)
+                    costs = prefill_costs(mine, cut.tokens, cut.per_step, cut.rises, stages[some])
                     self._costs[budget].append((position[some], self._with_images(costs, position[some])))
             for group, reading, decoding in zip(groups, fleets["prefill"], fleets["decode"], strict=True):
                 self._take_room(group, reading, decoding)

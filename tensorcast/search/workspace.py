@@ -28,7 +28,7 @@ class Parts:
     is searched; ``structures``: variants by what they share, and what tables say of each, by identity of their list.
     """
 
-    memo: Memo = field(default_factory=partial(Memo, most=32))
+    memo: Memo = field(default_factory=partial(Memo, most=40))
     fleets: dict[Hashable, Fleet] = field(default_factory=dict)
     spaces: dict[Hashable, tuple[list[Any], Counter[str]]] = field(default_factory=dict)
     structures: dict[int, tuple[object, Any]] = field(default_factory=dict)

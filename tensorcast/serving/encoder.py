@@ -102,8 +102,10 @@ def with_images(costs: PrefillCosts, steps: list[EncodeStep]) -> PrefillCosts:
         kind: np.array([one[kind] / max(sum(one.values()), 1e-30) if kind in one else 0.0 for one in said])
         for kind in costs.evidence
     }
+    turn_s = costs.fixed_s + costs.prompt_s
     return replace(
         costs, fixed_s=costs.fixed_s + np.where(several, 0.0, added),
+        passes=1 + (costs.passes - 1) * turn_s / (turn_s + added),  # the first stage alone encodes
         prompt_s=costs.prompt_s + np.where(several, seconds, 0.0), step_s=whole,
         error=(1 - share) * costs.error + share * error,
         evidence={kind: (1 - share) * value + share * shares[kind] for kind, value in costs.evidence.items()},

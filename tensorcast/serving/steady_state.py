@@ -27,6 +27,7 @@ import numpy as np
 from tensorcast.profiles.engine import EngineProfile
 from tensorcast.serving.curves import DecodeCurve
 from tensorcast.serving.full_cache import FullCache
+from tensorcast.serving.lockstep import held_up, some_read, varied, window
 from tensorcast.serving.prefill_costs import PrefillCosts
 from tensorcast.serving.traffic import Array, Mask, Number, Rows, ServingMetrics, Traffic, steps_between_looks
 
@@ -177,14 +178,15 @@ class Aggregated(ServingModel):
     def _at(self, batch: Array, waiting: Number = 0.0, share: Number = 0.0) -> SteadyState:
         """``waiting``: with their first token, on a rank; ``share``: of what replies write that is read again."""
         traffic, engine, prompts = self.traffic, self.engine, self.prompts
-        steps, others = traffic.decode_steps(self.depth), np.maximum(batch - 1, 0)
+        # a pipeline is a server whose step is a turn of its stages, so many of which bring a token to each sequence
+        steps, others = traffic.decode_steps(self.depth) * prompts.stages, np.maximum(batch - 1, 0)
         apart = 4 / 3 * traffic.spread * steps * np.sqrt(np.minimum(traffic.rounds, LONG))  # in steps, of all rounds
         # phases that all begin with are lost in an endless load
         again = share * traffic.output_len / (traffic.input_len - traffic.prefix_cached)
         step = self._steps(batch, steps, np.where(np.isinf(traffic.rounds), np.inf, apart / steps), 1 + again)
         # between two looks for requests no step reads any: where prompts run alone these are plain
         unread = step.plain_s if engine.prefill_alone else step.met_s
-        first = engine.arrival_wait_steps * step.met_s + step.own_s + engine.first_token_s(traffic.input_len)
+        first = self._wait_steps * step.met_s + step.own_s + engine.first_token_s(traffic.input_len)
         if np.any(traffic.wait_steps):
             first = first + traffic.wait_steps * unread
         generation = steps * step.mean_s
@@ -214,7 +216,17 @@ class Aggregated(ServingModel):
             first = first + np.maximum(wave / 2 - bunched, 0.0) / traffic.rounds
         generation = generation + waiting * place / batch
         users = np.where(step.full, np.inf, batch * self.decode_ranks * (first + generation) / place)
-        return SteadyState(first, generation, place, step.mean_s, step.plain_s, users)
+        mean, plain = step.mean_s * prompts.stages, step.plain_s * prompts.stages
+        return SteadyState(first, generation, place, mean, plain, users)
+
+    @property
+    def _wait_steps(self) -> Number:
+        """Steps, or turns of a pipeline's stages, before the one that a new request rides in."""
+        engine, stages = self.engine, self.prompts.stages
+        rule = None if engine.scheduler is None else engine.scheduler.micro_batches
+        if rule is None or not np.any(stages > 1):
+            return engine.arrival_wait_steps
+        return np.where(stages > 1, rule.wait_turns, engine.arrival_wait_steps)
 
     def _steps(self, batch: Array, steps: Array, apart: Array, reads: Number) -> _Steps:
         """Moments of the step time where a reply takes so many ``steps``, ends ``apart``, in replies, from those of one
@@ -222,29 +234,32 @@ class Aggregated(ServingModel):
 
         While one's own reply is written all other users of one's rank send a prompt, as none is read while one's own
         is; of other ranks' users as many as their replies make up of their time. ``reads``: how often, in tokens, a
-        prompt is read.
+        prompt is read. Of a pipeline steps are its turns, in each of which one of as many micro-batches as there are
+        stages decodes.
         """
         prompts, dp, alone = self.prompts, self.decode_ranks, self.engine.prefill_alone
-        scheduler = self.engine.scheduler
+        scheduler, stages = self.engine.scheduler, self.prompts.stages
         wait = alone and scheduler is not None and scheduler.ranks_wait(self.depth)
-        plain = self.decoding.at("seconds", batch)
-        shared = 0.0 if alone else self.decoding.at("attention_s", batch) + prompts.token_s * batch
+        plain = self.decoding.at("seconds", batch) / stages
+        shared = 0.0 if alone else (self.decoding.at("attention_s", batch) + prompts.token_s * batch) / stages
         first = prompts.fixed_s + (plain if alone else shared)  # a: what a step with prompts takes beside their number
         extra = first - plain
         alone_s = prompts.prompt_s - prompts.expert_s * (1 - 1 / dp)
         # one's own prompt without others', in replies
         reading = (first + alone_s) / (plain * (np.minimum(prompts.per_step, 1.0) * steps))
-        # users of a rank: n of them take 1 + n * reading for a round each, of which 1 + (n - 1) * reading are replies
-        more = reading * batch
-        slack = 1 - reading - more
-        far = np.sqrt(slack * slack + 4 * more)
+        # users of a rank: n of them take 1 + n * reading for a round each, of which 1 + (n - 1) * reading are replies;
+        # of those whose prompts are on their way behind the first stage as many more as send one during a reply
+        behind = prompts.passing_s(np.minimum(prompts.per_step, 1.0) * reading) if np.any(stages > 1) else 0.0
+        more, writing = reading * batch, batch + behind * (batch + 1)
+        slack = 1 + behind - reading - more
+        far = np.sqrt(slack * slack + 4 * (reading * writing))
         far += np.abs(slack)
-        users = np.where(slack > 0, 2 * batch / np.maximum(far, 1e-9), far / (2 * reading))
+        users = np.where(slack > 0, 2 * writing / np.maximum(far, 1e-9), far / (2 * reading))
         if np.all(batch >= 1):
             users = np.maximum(users, batch)
             beside = users - 1 + (dp - 1) * batch
         else:
-            more += batch
+            more += batch * (1 + behind)
             users = np.where(more < 1, more, np.maximum(users, batch))
             several = np.maximum(users, 1.0)
             beside = several - 1 + (dp - several / users) * batch
@@ -252,7 +267,7 @@ class Aggregated(ServingModel):
         per_rank = arrivals / dp
         used = per_rank / prompts.per_step
         if np.all(prompts.per_step <= 1):  # a prompt takes 1 / per_step steps of its own
-            mixed = _some_read(used, apart, dp, users, wait | (not alone))
+            mixed = some_read(used, apart, dp, users, wait | (not alone))
             idle = 1 - np.maximum(used, 1e-12) / np.maximum(mixed, 1e-12)  # share of the ranks that have none
             # of several that read, the one that is farthest, but where all go in step
             readers = np.maximum(dp * (1 - idle), 1.0)
@@ -262,15 +277,16 @@ class Aggregated(ServingModel):
             still = np.where(wait, mixed, used) if alone else mixed
             longer = np.maximum(each - plain, 0.0)
             mean = plain + still * each + (mixed - still) * longer
-            variance = _varied(still) * each**2 + _varied(mixed - still) * longer**2
+            variance = varied(still) * each**2 + varied(mixed - still) * longer**2
             own = (plain + each) / prompts.per_step - (plain if alone else 0.0)
+            with_prompts, longest = mixed, each if alone else plain + each
         else:
             # the slowest of dp ranks: at least whether any has a prompt, at most all of them on one
             # between two looks for requests none is read, then all that came since are
             looks = steps_between_looks(self.traffic.wait_steps) if alone else 1.0
-            window = np.where(np.greater(dp, 1), _window(used, apart, 1.0), 1.0) / looks
-            most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank * window))
-            none = 1 + window * np.expm1(-arrivals / window)
+            wide = np.where(np.greater(dp, 1), window(used, apart, 1.0), 1.0) / looks
+            most = np.minimum(arrivals, per_rank + np.sqrt(2 * np.log(dp) * per_rank * wide))
+            none = 1 + wide * np.expm1(-arrivals / wide)
             most = np.maximum(np.maximum(most, 1 - none), per_rank / np.clip(users, 1 / dp, 1))
             idle = 1 - np.maximum(per_rank, 1e-12) / np.maximum(most, 1e-12)  # share of the ranks that have fewer
             spared = prompts.expert_s * idle
@@ -282,7 +298,7 @@ class Aggregated(ServingModel):
             scatter = each * slowest + none * extra * (once + 2 * slowest)
             if alone:
                 busy = np.maximum(-np.expm1(-per_rank * looks) / looks, 1e-12)
-                some = _some_read(busy, apart, dp, users, False)
+                some = some_read(busy, apart, dp, users, False)
                 turns = np.maximum(1.0, per_rank / busy / prompts.per_step)
                 reading = extra * turns + (prompts.prompt_s - prompts.expert_s * (1 - busy / some)) * per_rank / busy
                 longer = np.maximum(reading - plain, 0.0)
@@ -291,42 +307,20 @@ class Aggregated(ServingModel):
             variance = scatter / np.maximum(1 - np.square(slowest / mean), 1e-3)
             others = per_rank * (1 + variance / mean**2)
             half = 1 + others / 2
-            own = (extra if alone else first) * np.maximum(1.0, half / prompts.per_step) - spared
+            ridden = extra if alone else first
+            own = ridden * np.maximum(1.0, half / prompts.per_step) - spared
             own += prompts.prompt_s * np.minimum(1 + others, np.maximum(prompts.per_step, half))
+            with_prompts = some * turns if alone else 1 - none
+            longest = ridden - spared + prompts.prompt_s * np.minimum(1 + others, prompts.per_step)
+        if np.any(stages > 1):
+            own = own + prompts.passing_s(longest)
+            mean = mean + held_up(prompts, with_prompts, np.maximum(longest - plain, 0.0), alone)
         met = mean + variance / mean
         # prompts that do not fit into the step wait for the next
         # (of prompts alone as many as come while replies are written, however long they take to read)
         left = 1.0 if alone else np.maximum(1 - used, 1e-3)
         own = own + met * used / (left * (2 * np.maximum(prompts.per_step, 1.0)))
         return _Steps(mean, met, own, plain, (mean - plain) / per_rank, (used >= 0.98) & (not alone))
-
-
-def _window(used: Array, apart: Array, widest: Number) -> Array:
-    """The part of a round of replies, in these, in which a rank reads that takes ``used`` steps for it.
-
-    Ranks begin together, and in steps, of which all take as many, they stay together: they read in one window of each
-    round, as wide as its prompts take, which widens as replies end ``apart``, in replies, until prompts come at any
-    time.
-    """
-    found: Array = np.minimum(np.hypot(used, apart), np.maximum(used, widest))
-    return found
-
-
-def _some_read(used: Array, apart: Array, dp: Number, users: Array, together: Mask | bool) -> Array:
-    """Steps, for each in which all write, in which some of ``dp`` ranks reads, where each does in ``used``.
-    ``together``: they write together, too; else, where prompts run alone, each rank when it has none (SGLang 0.5.23,
-    srt/managers/scheduler.py: each rank picks its own batch, all run them together). Of fewer ``users`` of a rank than
-    one not all ranks read."""
-    window = _window(used, apart, np.where(together, 1.0, 1 + used))
-    share = np.minimum(used / window, 1 - NEARLY_NONE**2)
-    found: Array = np.maximum(-window * np.expm1(dp * np.log1p(-share)), used / np.clip(users, 1 / dp, 1))
-    return found
-
-
-def _varied(chance: Array) -> Array:
-    """Variance of whether something happens."""
-    found: Array = np.minimum(chance, 1.0) * np.maximum(1 - chance, 0.0)
-    return found
 
 
 @dataclass(frozen=True)
@@ -364,9 +358,11 @@ class Disaggregated(ServingModel):
             wave = np.maximum(sequences / self.prefill_ranks - 1, 0) / prompts.most_per_s  # as of Aggregated
             waits = (engine.arrival_wait_steps + traffic.wait_steps) * decode_step
             overhead = engine.first_token_s(traffic.input_len) + engine.hand_over_s
+            service, queue = prompts.at_rate(rate / self.prefill_ranks)
+            passing = prompts.passing_s(service * np.minimum(prompts.per_step, 1.0))
             queued = Queued(
-                decode_step, generation, sequences, rate, *prompts.at_rate(rate / self.prefill_ranks),
-                (wave / 2 / traffic.rounds, self.hand_over_s, waits, overhead),
+                decode_step, generation, sequences, rate, service, queue,
+                (wave / 2 / traffic.rounds, self.hand_over_s, waits, overhead, passing),
                 rate >= self.prefill_ranks * prompts.most_per_s,
             )
         # of a closed loop, nobody meets a queue longer than the others in flight

@@ -121,6 +121,8 @@ class StepSizes:
     pcp: int = 1
     """Data-parallel ranks that read each prompt together."""
     ends: Ends | None = None
+    divided: bool = True
+    """Whether a batch is divided into micro-batches where there are pipeline stages; else it is one of them."""
 
     def batches(self, batch: Size, new: Size, past: Size, some: Where = None) -> Batches:
         """What to price for ``batch`` sequences per data-parallel rank, ``new`` tokens each after ``past`` cached.
@@ -128,7 +130,7 @@ class StepSizes:
         Of the batches ``some`` are wanted; what rows are priced at is that of all.
         """
         micro: Size = 1
-        if np.any(np.greater(self.pp, 1)):
+        if self.divided and np.any(np.greater(self.pp, 1)):
             # of each candidate by itself: its price must not depend on what is priced beside it
             micro = np.clip(np.floor(np.asarray(batch, dtype=float)), 1.0, self.pp)
         whole, dual = np.asarray(batch, dtype=float) / micro, self.dual

@@ -70,6 +70,11 @@ class Step:
         """Step time alone."""
         return self.price(batch, new, past).seconds
 
+    @cached_property
+    def undivided(self) -> Step:
+        """Of prompts the step that an engine's scheduler composes where there are pipeline stages: one micro-batch."""
+        return self if self.sizes.decode else replace(self, sizes=replace(self.sizes, divided=False))
+
     def rows(self, drafting: bool) -> tuple[Row, ...]:
         """What is asked of a step that drafts tokens, or drafts none: the plan's rows, and behind them what drafts."""
         return (*self.plan.rows, *self._beside.rows) if drafting else self.plan.rows

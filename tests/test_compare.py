@@ -105,7 +105,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
                 assert numbers[name] == pytest.approx(getattr(alone, name), rel=near, abs=unseen), (name, variant)
             for kind, share in alone.evidence.items():
                 assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-2 if staged else 1e-6)
-    assert several <= 8  # of 200, drawn by chance
+    assert several <= 12  # of 200, drawn by chance
 
 
 def test_memory_is_that_of_the_deployment(shop: VariantPrices) -> None:

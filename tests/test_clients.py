@@ -94,7 +94,7 @@ def test_runs_of_others_and_of_equal_lengths_are_as_before() -> None:
         assert read_run({**row, "concurrency": 16, "requests": 80}).arrivals is None
 
 
-@pytest.mark.parametrize("said", ["none of them", "80.5", "1000:", "-1", "0:80"])
+@pytest.mark.parametrize("said", ["none of them", "80.5", "1000:", "-1", "0:80", "inf", "1e400"])
 def test_what_was_sent_before_is_numbers_of_requests(said: str) -> None:
     with pytest.raises(InputError, match=f"sent_before '{said}'.*as 80, or 1000:80 8000:10"):
         read_run({**ROW, "concurrency": 16, "requests": 80, "length_ratio": 0.0, "sent_before": said})

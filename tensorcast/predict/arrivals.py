@@ -222,7 +222,7 @@ def _earlier(said: str, isl: int) -> tuple[Earlier, ...]:
             numbers = plain_number(length or isl), plain_number(count)
         except ValueError:
             numbers = 0.0, 0.0
-        if min(numbers) < 1 or any(number != int(number) for number in numbers):
+        if min(numbers) < 1 or not all(number.is_integer() for number in numbers):
             raise InputError(f"sent_before {said!r}: must be numbers of requests, as 80, or 1000:80 8000:10 by isl")
         found.append(Earlier(*map(int, numbers)))
     return tuple(found)

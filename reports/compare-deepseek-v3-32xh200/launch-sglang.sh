@@ -12,21 +12,19 @@ python3 -m sglang.launch_server \
   --model-path deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 30000 \
-  --tp-size 8 \
-  --attn-dp-size 8 \
+  --tp-size 2 \
+  --pp-size 4 \
+  --attn-dp-size 2 \
   --enable-dp-lm-head \
   --moe-dense-tp-size 1 \
-  --ep-size 8 \
+  --ep-size 2 \
   --moe-a2a-backend deepep \
   --deepep-mode normal \
-  --enable-eplb \
-  --ep-num-redundant-experts 8 \
-  --enable-two-batch-overlap \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 416 \
-  --chunked-prefill-size 65536 \
-  --cuda-graph-max-bs-decode 52 \
+  --max-running-requests 120 \
+  --chunked-prefill-size 16384 \
+  --cuda-graph-max-bs-decode 60 \
   --mem-fraction-static 0.904 \
   --disaggregation-mode prefill \
   --disaggregation-transfer-backend mooncake
@@ -46,11 +44,10 @@ python3 -m sglang.launch_server \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
-  --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 832 \
-  --cuda-graph-max-bs-decode 52 \
+  --max-running-requests 960 \
+  --cuda-graph-max-bs-decode 60 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake
@@ -70,11 +67,10 @@ python3 -m sglang.launch_server \
   --ep-size 16 \
   --moe-a2a-backend deepep \
   --deepep-mode low_latency \
-  --deepep-dispatcher-output-dtype bf16 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 832 \
-  --cuda-graph-max-bs-decode 52 \
+  --max-running-requests 960 \
+  --cuda-graph-max-bs-decode 60 \
   --mem-fraction-static 0.915 \
   --disaggregation-mode decode \
   --disaggregation-transfer-backend mooncake

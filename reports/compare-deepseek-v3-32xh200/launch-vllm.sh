@@ -5,7 +5,6 @@
 # to be filled in: THIS_NODE_IP: the address of the node that runs the command
 # a proxy in front sends each request to a prefill and then to a decode server
 # to be filled in: HEAD_NODE_IP: the first node's address; THIS_NODE_IP: the address of the node that runs the command
-# dispatch in bf16: vLLM has no flag, its kernels decide
 # on each node: bash THIS_FILE prefill|decode-node0|decode-node1
 
 case "${1-}" in
@@ -15,15 +14,13 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --host 0.0.0.0 \
   --port 8000 \
   --tensor-parallel-size 1 \
-  --data-parallel-size 8 \
+  --pipeline-parallel-size 4 \
+  --data-parallel-size 2 \
   --enable-expert-parallel \
   --all2all-backend deepep_high_throughput \
-  --enable-eplb \
-  --eplb-config '{"num_redundant_experts": 8}' \
-  --enable-dbo \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 52 \
+  --max-num-seqs 60 \
   --max-num-batched-tokens 8192 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
@@ -42,8 +39,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 52 \
-  --max-num-batched-tokens 52 \
+  --max-num-seqs 60 \
+  --max-num-batched-tokens 60 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;
@@ -63,8 +60,8 @@ vllm serve deepseek-ai/DeepSeek-V3 \
   --all2all-backend deepep_low_latency \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 52 \
-  --max-num-batched-tokens 52 \
+  --max-num-seqs 60 \
+  --max-num-batched-tokens 60 \
   --gpu-memory-utilization 0.92 \
   --kv-transfer-config '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
 ;;

@@ -8,7 +8,7 @@ python3 -m sglang.launch_server \
   --ep-size 8 \
   --kv-cache-dtype bf16 \
   --context-length 5120 \
-  --max-running-requests 147 \
+  --max-running-requests 146 \
   --chunked-prefill-size 16384 \
-  --cuda-graph-max-bs-decode 147 \
+  --cuda-graph-max-bs-decode 146 \
   --mem-fraction-static 0.669

@@ -8,7 +8,7 @@ gpus_per_node: 8
 enable_attention_dp: false
 moe_expert_parallel_size: 8
 moe_tensor_parallel_size: 1
-max_batch_size: 147
+max_batch_size: 146
 max_num_tokens: 16384
 max_seq_len: 5120
 enable_chunked_prefill: true
@@ -17,7 +17,7 @@ kv_cache_config:
   free_gpu_memory_fraction: 0.9
 cuda_graph_config:
   enable_padding: true
-  max_batch_size: 147
+  max_batch_size: 146
 END
 
 trtllm-serve Qwen/Qwen3-235B-A22B-FP8 \

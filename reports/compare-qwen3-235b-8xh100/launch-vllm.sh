@@ -7,6 +7,6 @@ vllm serve Qwen/Qwen3-235B-A22B-FP8 \
   --enable-expert-parallel \
   --kv-cache-dtype auto \
   --max-model-len 5120 \
-  --max-num-seqs 147 \
+  --max-num-seqs 146 \
   --max-num-batched-tokens 16384 \
   --gpu-memory-utilization 0.92

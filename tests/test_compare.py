@@ -101,9 +101,7 @@ def test_every_candidate_is_priced_as_if_alone(shop: VariantPrices) -> None:
                 # alone, the batch is found by halving, to 1e-9 of the largest that fits (up to some hundreds); what of
                 # communication passes unseen starts from nothing at some batch, so it may differ by as much of a step
                 unseen = 1e-9 * alone.decode_step_s if name.endswith("_comm_s") else 1e-12
-                near = 1e-6
-                if staged:  # where prompts hold up stages, little moves much, and what errs most of all
-                    near = 1e-2 if "error" in name else 5e-4
+                near = (1e-2 if "error" in name else 5e-4) if staged else 1e-6  # held-up stages move much by little
                 assert numbers[name] == pytest.approx(getattr(alone, name), rel=near, abs=unseen), (name, variant)
             for kind, share in alone.evidence.items():
                 assert numbers[f"share_{kind}"] == pytest.approx(share, abs=1e-2 if staged else 1e-6)

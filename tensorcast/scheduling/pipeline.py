@@ -296,26 +296,18 @@ class Pipeline(Server):
         stretch.cut(steps)
         return taken, True
 
-    def lose(self, now_s: float) -> list[int]:
-        """As :meth:`Server.lose`: what micro-batches under way would have written is lost."""
-        stretch = self.stretch
-        if stretch is not None:
-            done = 0 if stretch.mixed else min(stretch.done_by(now_s), stretch.steps - 1)
-            if done:
-                stretch.cut(done)
-                self.finish()
-            self.busy_s += now_s - (stretch.end_s if done else self._now_s)
-            self.idle_from_s = now_s
+    def _since_s(self, stretch: Stretch) -> float:
+        """Since when all is as it is."""
+        return self._now_s
+
+    def _all_leave(self) -> list[int]:
+        """What micro-batches under way would have written is lost."""
         here: list[int] = []
         for number in range(self.rules.stages):
             for rank in self.piped:
                 rank.turn_to(number)
-                self.record.others_s[list(rank.decoding)] += self._delayed_s + rank.still.while_others_s
-                here += rank.lose()
-        self.stretch, self.lost_s, self.load, self.asking = None, now_s, 0, 0
-        self._places.clear()
+            here += super()._all_leave()
         self._under_way.clear()
-        self.moments.add((now_s, 0, 0, 0, 0.0))
         return here
 
     def _remember(self, now: float) -> None:

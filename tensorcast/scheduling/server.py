@@ -259,15 +259,21 @@ class Server:
             if done:
                 stretch.cut(done)
                 self.finish()
-            self.busy_s += now_s - (stretch.end_s if done else stretch.start_s)
+            self.busy_s += now_s - (stretch.end_s if done else self._since_s(stretch))
             self.idle_from_s = now_s
-        for rank in self.ranks:
-            self.record.others_s[list(rank.decoding)] += self._delayed_s + rank.still.while_others_s
-        here = [request for rank in self.ranks for request in rank.lose()]
+        here = self._all_leave()
         self.stretch, self.lost_s, self.load, self.asking = None, now_s, 0, 0
         self._places.clear()
         self.moments.add((now_s, 0, 0, 0, 0.0))
         return here
+
+    def _since_s(self, stretch: Stretch) -> float:
+        return stretch.start_s
+
+    def _all_leave(self) -> list[int]:
+        for rank in self.ranks:
+            self.record.others_s[list(rank.decoding)] += self._delayed_s + rank.still.while_others_s
+        return [request for rank in self.ranks for request in rank.lose()]
 
     def _undisturbed_s(self, wait: bool) -> float:
         """What a step with prompts would have taken the sequences that decode in it without them."""

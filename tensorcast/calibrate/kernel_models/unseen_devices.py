@@ -114,12 +114,12 @@ def bare(device: DeviceProfile) -> DeviceProfile:
     return device.model_copy(update={"calibration": None})
 
 
-def sampled(system: MeasuredSystem, device: DeviceProfile) -> dict[Key, Sampled]:
-    """Some rows of every plain kernel of the system with their physics by datasheet."""
+def sampled(system: MeasuredSystem, device: DeviceProfile, most: int = ROWS) -> dict[Key, Sampled]:
+    """At most so many rows of every plain kernel of the system with their physics by datasheet."""
     found: dict[Key, Sampled] = {}
     for key, rows in sorted(system.kernels.items()):
         if key[0] in FAMILIES and not key[3]:
-            found[key] = sample(rows.take(np.random.default_rng(0).permutation(len(rows))[:ROWS]), device)
+            found[key] = sample(rows.take(np.random.default_rng(0).permutation(len(rows))[:most]), device)
     return found
 
 

@@ -30,7 +30,6 @@ from tensorcast.cost.kernels.kept_answers import (
 from tensorcast.cost.kernels.vocabulary import UNRELATED
 from tensorcast.cost.work import Array, Size
 from tensorcast.profiles.device import DeviceProfile
-from tensorcast.profiles.store import load_device
 
 if TYPE_CHECKING:
     from tensorcast.cost.kernels.predictor import Predictor
@@ -163,20 +162,19 @@ class Corrections:
         from tensorcast.cost.kernels.formula import constants_digest, formula_of
         from tensorcast.cost.kernels.predictor import CARRIED
 
-        model, device, engine = self.predictor.model, self.device, self.engine
+        model, engine = self.predictor.model, self.engine
         if model is None:
             return None
+        timed = self.predictor.timed  # models are fitted over the formula of the device that was timed
         kernel = model.find(family, dtype, engine, variant)
         if kernel is None and (lender := self.predictor.lender(family, dtype, variant)):
             return (engine, "") if self._residual(family, lender, variant) is not None else None
         if kernel is None and family in CARRIED and self.predictor.unmeasured(family, dtype, variant):
             return engine, ""
-        if self.predictor.lent:  # fitted over the lender's formula
-            device = load_device(device.timed_on)
-        if kernel is None or kernel.constants != constants_digest(family, dtype, device, kernel.engine):
+        if kernel is None or kernel.constants != constants_digest(family, dtype, timed, kernel.engine):
             return None
         sizes = {name: np.array([value]) for name, value in kernel.report["probe"].items()}
-        now = formula_of(family, dtype, kernel.variant, sizes, device, engine=kernel.engine).seconds[0]
+        now = formula_of(family, dtype, kernel.variant, sizes, timed, engine=kernel.engine).seconds[0]
         then = float(kernel.report["probe_formula_s"])
         return (kernel.engine, kernel.variant) if abs(now - then) <= SAME * then else None
 

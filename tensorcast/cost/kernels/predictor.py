@@ -217,8 +217,12 @@ class Predictor:
         """Whether a device of which other kernels were measured is priced as one that was not."""
         if self.device.calibration is None or self.device.vendor != "NVIDIA" or variant or dtype in UNMEASURED:
             return False
-        timed = load_device(self.device.timed_on) if self.lent else self.device
-        return constants_for(timed, family, dtype, self.engine)[1] == "datasheet"
+        return constants_for(self.timed, family, dtype, self.engine)[1] == "datasheet"
+
+    @property
+    def timed(self) -> DeviceProfile:
+        """The device that its kernels were timed on, itself or a lender."""
+        return load_device(self.device.timed_on) if self.lent else self.device
 
     def _with_residual(
         self, kernel: Kernel, formula: KernelFormula, columns: Columns, features: Columns, measured_shape: Mask

@@ -222,8 +222,7 @@ def make_plan(
             if place in places:
                 rows += (one.beside(op) for one in moe[place])
     rows += table.ops[done:]
-    if layout.pp > 1:
-        rows += moe["stages"]
+    rows += moe["stages"]
     asked, limits = options.fusion == "engine" and "allreduce_norm" in engine.fusions, engine.allreduce_norm
     alone, joins = attention_dp(layout, table.facts.num_experts) == 1, False
     if asked and (limits is None or (is_one_of(limits.models, config) and (alone or not limits.one_replica))):
@@ -282,10 +281,9 @@ def exchange_of(
     sent = _Sent(token, result, facts.moe_hidden_size, copies, form.adding < 1.0, gathers)
     found = _moe_collectives(layout, device, chosen, sent)
     state = 2.0 * facts.handed_on * facts.hidden_size  # hidden state and residual in bf16
-    apart = layout.stage_ranks if layout.pp > 1 else 1  # of one stage nobody asks, which may be all GPUs that there are
-    found["stages"] = [Collective(
+    found["stages"] = [] if layout.pp == 1 else [Collective(
         op="send_recv", module="pipeline", kind=-1, group="pp", ranks=2,
-        extent=group_extent(2, apart, device), scale=state, label="stage hand-over",
+        extent=group_extent(2, layout.stage_ranks, device), scale=state, label="stage hand-over",
     )]  # fmt: skip
     return Exchange(chosen, scheme, combine, found)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from tensorcast.calibrate.kernel_models import unseen_devices
@@ -62,7 +61,10 @@ def errors(where: Mapping[str, Path]) -> pd.DataFrame:
     a lender), ``kind`` of the lender, ``ratio`` (predicted over measured), ``held`` (the 80 % interval). ``where``:
     devices, and the folder of what was measured on each."""
     devices = {name: load_device(name) for name in where}
-    found = {name: _sampled(where[name], device) for name, device in devices.items()}
+    found = {
+        name: unseen_devices.sampled(read_device(where[name], device, unseen_devices.FAMILIES), device, ROWS)
+        for name, device in devices.items()
+    }
     others = {one: _of_others(one, devices, found) for one in {device.architecture for device in devices.values()}}
     parts: list[pd.DataFrame] = []
     for name, device in devices.items():
@@ -74,13 +76,6 @@ def errors(where: Mapping[str, Path]) -> pd.DataFrame:
             asked = lent(bare, devices[lender.name], other_chip=True)
             parts += _priced(found[name], asked, _model(lender.name), lender.name, lender.kind)
     return pd.concat(parts, ignore_index=True)
-
-
-def _sampled(folder: Path, device: DeviceProfile) -> dict[Key, Sampled]:
-    """:data:`ROWS` rows of every plain kernel that was measured."""
-    found = unseen_devices.sampled(read_device(folder, device, unseen_devices.FAMILIES), device)
-    return {key: unseen_devices.sample(one.rows.take(np.arange(min(ROWS, len(one.rows)))), device)
-            for key, one in found.items()}
 
 
 def _model(name: str) -> DeviceModel | None:

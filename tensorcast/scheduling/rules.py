@@ -168,6 +168,8 @@ def rules_of(
         raise InputError(f"layout {layout}: {deployment.model.name} leaves no room for a cache")
     ranks = int(attention_dp(layout, deployment.raw.facts.num_experts))
     piped = scheduler.micro_batches if layout.pp > 1 else None
+    if piped and engine.prefill_alone and scheduler.admits_chunks:
+        raise InputError(f"--engine {engine.name}: in stages, prompts that run alone cannot be let in by their chunks")
     return Rules(
         role=role,
         ranks=ranks,
